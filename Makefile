@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` do all set-up themselves; PY=python3.12 picks another interpreter.
+PY ?= python3
+VERSION := $(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-slow lint format wheel clean
+
+$(READY): pyproject.toml
+	$(PY) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: $(READY)
+	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(READY) lint
+	$(RUN) -m pytest -n 2 -m 'not slow'
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow
+
+lint: $(READY)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+format: $(READY)
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+wheel: $(READY)
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv-* build dist *.egg-info .pytest_cache .ruff_cache

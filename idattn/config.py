@@ -1,0 +1,292 @@
+"""Every setting of a run as frozen dataclasses, checked once when they are built.
+
+A config file (`configs/*.py`) builds a `Config` and hands it on as an `ml_collections.ConfigDict`, the command
+line changes single values of it, and `from_config_dict` turns the result back into a checked `Config`.
+[P] marks values that the paper states (arXiv 2605.24330), [O] values that it leaves open and we chose.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from idattn.choices import BACKENDS, READOUTS, check_choice
+
+
+@dataclass(frozen=True)
+class MixerKind:
+    """One condition of the paper's study (section 4): the same backbone, another token mixer."""
+
+    feature_map: bool = False  # the SSM reads [xi(k), v] rather than two generic inputs [a, b]
+    query_readout: bool = False  # queries read the state (eq. 13) rather than a learned linear readout
+    rope: bool = False  # rotary positions on the queries and on the SSM's first input
+    softmax: bool = False  # softmax attention; the three flags above do not apply
+
+
+MIXERS: Mapping[str, MixerKind] = {
+    "interdomain": MixerKind(feature_map=True, query_readout=True, rope=True),
+    "interdomain_norope": MixerKind(feature_map=True, query_readout=True),
+    "softmax": MixerKind(softmax=True, rope=True),
+    "single_query": MixerKind(query_readout=True, rope=True),
+    "s4d": MixerKind(),
+    "s4d_rope": MixerKind(rope=True),
+    "dual_linear": MixerKind(feature_map=True, rope=True),
+}
+
+
+def _check_at_least(section: object, bound: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not value >= bound:
+            raise ValueError(f"{name}={value} must be at least {bound}.")
+
+
+def _check_positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be greater than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig:
+    """The state of the interdomain, single-query, dual-linear and S4D mixers (PAPER section 3.3)."""
+
+    num_modes: int = 64  # M, basis functions of the state [P]
+    heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
+    conv_width: int = 4  # taps of the causal depthwise convolutions [P]
+    readout: str = "transpose"  # Re of xi(q)^T U^T Gamma; or "hermitian", "real" [O]
+    c: str = "full"  # "full" (M, M), "diagonal" (M,) or "identity" (no parameter) [P]
+    c_init: str = "normal"  # complex normal, or "eye", a multiple of the identity [O]
+    c_init_scale: float = 1 / 16  # total variance of an output mode of C at the start; "eye": its square root [O]
+    delta_min: float = 1e-3  # Delta starts log-uniform in [delta_min, delta_max] [P]
+    delta_max: float = 0.1
+    rope_position: str = "before"  # RoPE "before" the feature map [P], or "after" it
+    output_gate: bool = False  # multiply the heads' outputs by SiLU(W_g x) [P: off]
+    norm_bias_init: float = 0.0  # start of the biases b_k, b_v of eq. 12 [O]
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "num_modes", "heads_per_kv", "conv_width")
+        _check_positive(self, "c_init_scale", "delta_min")
+        if not self.delta_min <= self.delta_max:
+            raise ValueError(f"delta_min={self.delta_min} must not exceed delta_max={self.delta_max}.")
+        check_choice("readout", self.readout, READOUTS)
+        check_choice("c", self.c, ("full", "diagonal", "identity"))
+        check_choice("c_init", self.c_init, ("normal", "eye"))
+        check_choice("rope_position", self.rope_position, ("before", "after"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-style decoder whose token mixer may differ by layer (PAPER section 4)."""
+
+    vocab_size: int  # V
+    model_dim: int  # D
+    num_layers: int  # L
+    num_heads: int  # H; heads are D / H wide
+    mlp_dim: int  # F, width of the SwiGLU
+    mixers: tuple[str, ...] = ("interdomain",)  # names of MIXERS, repeated over the depth (hybrids)
+    rope_base: float = 10_000.0  # wavelengths of the rotary positions [O]
+    norm_eps: float = 1e-5  # added to the mean square in every RMSNorm [O]
+    init_std: float = 0.02  # of every matrix; residual outputs start at init_std / sqrt(2 L) [O]
+    ssm: SSMConfig = field(default_factory=SSMConfig)
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim")
+        _check_positive(self, "rope_base", "norm_eps", "init_std")
+        if not self.mixers:
+            raise ValueError(f"mixers={self.mixers} must name at least one mixer of {', '.join(MIXERS)}.")
+        for name in self.mixers:
+            check_choice("mixer", name, MIXERS)
+        if self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"num_layers={self.num_layers} must be a multiple of the {len(self.mixers)} mixers of the pattern "
+                f"{self.mixers}."
+            )
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide model_dim={self.model_dim}.")
+        if self.num_heads % self.ssm.heads_per_kv:
+            raise ValueError(f"heads_per_kv={self.ssm.heads_per_kv} must divide num_heads={self.num_heads}.")
+        if any(MIXERS[name].rope for name in self.mixers) and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} (model_dim / num_heads) must be even for rotary positions.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head: the features R of a key and the channels E of a value."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, states per SSM layer."""
+        return self.num_heads // self.ssm.heads_per_kv
+
+    @classmethod
+    def tiny(cls, *mixers: str, **changes: Any) -> "ModelConfig":
+        """The smallest model worth testing: two heads, odd sizes, one layer for each mixer of the pattern."""
+        values = dict(
+            vocab_size=37,
+            model_dim=12,
+            num_layers=max(2, len(mixers)),
+            num_heads=2,
+            mlp_dim=20,
+            mixers=mixers or ("interdomain",),
+            ssm=SSMConfig(num_modes=5),
+        )
+        return cls(**(values | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the model is computed: changes speed, memory and rounding, never which model it is."""
+
+    dtype: str = "bfloat16"  # of activations and matrix products; parameters, states and the loss are float32
+    backend: str = "auto"  # of idattn.ops.interdomain_attention
+    chunk_size: int = 64  # K, tokens in a chunk of the chunkwise backend
+    remat: str = "none"  # "block" recomputes every block in the backward pass
+    loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, ("bfloat16", "float32", "float64"))
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("remat", self.remat, ("none", "block"))
+        _check_at_least(self, 1, "chunk_size", "loss_chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes windows of tokens."""
+
+    source: str = "austen"  # the embedded corpus, or a path: .jsonl (also .gz, .xz), .txt, or a folder of .txt
+    holdout: tuple[str, ...] = ("persuasion",)  # ids of the documents to validate on
+    tokenizer: str = "bytes"  # or the path of a SentencePiece .model file
+    seq_len: int  # T, tokens in a window
+    documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "seq_len")
+        check_choice("documents", self.documents, ("reset", "ignore"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a group of its own for the SSM parameters (PAPER A.2)."""
+
+    peak_lr: float
+    warmup_steps: int  # linear from 0; then cosine to final_lr at the last step
+    final_lr: float = 1e-5  # [P]
+    weight_decay: float = 0.1  # on matrices and embeddings only [P; O]
+    b1: float = 0.9  # [O]
+    b2: float = 0.95  # [O]
+    eps: float = 1e-8  # [O]
+    clip_norm: float = 1.0  # of the global gradient [P]
+    ssm_lr_cap: float = 1e-3  # peak learning rate of the SSM group is min(peak_lr, ssm_lr_cap), no decay [P]
+
+    def __post_init__(self):
+        _check_positive(self, "peak_lr", "clip_norm", "eps", "ssm_lr_cap")
+        _check_at_least(self, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and rhythm of a training run."""
+
+    steps: int  # optimiser steps
+    batch_size: int  # sequences in an optimiser step
+    accumulation: int = 1  # equal parts of the batch that run one after another
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps; always after the last
+    eval_batches: int = 64  # validation batches of an evaluation at most
+    checkpoint_every: int = 500  # steps; always after the last
+    keep_latest: int = 2  # checkpoints
+    keep_best: int = 1  # checkpoints with the lowest validation loss
+    ngram_orders: int = 0  # print n-gram baselines of order 1 to this many beside the validation loss; 0: none
+    sample_prompt: str = ""  # print a continuation of this text after training; empty: none
+    sample_tokens: int = 400
+
+    def __post_init__(self):
+        _check_at_least(
+            self, 1, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
+            "checkpoint_every", "keep_latest", "sample_tokens",
+        )  # fmt: skip
+        _check_at_least(self, 0, "keep_best", "ngram_orders")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 42  # of the parameters and of the data order [P]
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self):
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(f"warmup_steps={self.optim.warmup_steps} must not exceed steps={self.train.steps}.")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a run what it is; the others may change when it is resumed."""
+        values = dataclasses.asdict(self)
+        del values["compute"]
+        values["train"] = {name: values["train"][name] for name in ("steps", "batch_size", "accumulation")}
+        return values
+
+
+def quickstart() -> Config:
+    """A byte-level interdomain model of 1.1M parameters on five Austen novels: minutes on two CPU cores."""
+    return Config(
+        model=ModelConfig(
+            vocab_size=257, model_dim=128, num_layers=4, num_heads=4, mlp_dim=384, ssm=SSMConfig(num_modes=32)
+        ),
+        data=DataConfig(seq_len=256),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=40, final_lr=1e-4),
+        train=TrainConfig(
+            steps=400,
+            batch_size=16,
+            eval_every=100,
+            eval_batches=16,
+            checkpoint_every=100,
+            ngram_orders=5,
+            sample_prompt="It was a truth",
+        ),
+        compute=ComputeConfig(dtype="float32"),
+    )
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """The config as a locked ConfigDict, which the command line can change value by value."""
+    return ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Config:
+    """A checked Config from a ConfigDict or nested dict.
+
+    Raises:
+      ValueError: a key is unknown (the nearest valid one is named), missing, or a value breaks its rule.
+    """
+    return _build(Config, values, "config")
+
+
+def _build(section: type, values: Mapping[str, Any], path: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    for key in values:
+        check_choice(f"key of {path}", key, fields)
+    arguments = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, value, f"{path}.{name}")
+        elif isinstance(value, str) != (kind is str) or isinstance(value, Mapping):
+            raise ValueError(f"{path}.{name}={value!r} must be of type {kind}.")
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list | tuple) else value
+    try:
+        return section(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,124 @@
+"""The decoder: a Llama-style backbone around any pattern of token mixers, its layers stacked and scanned."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from idattn.config import MIXERS, ComputeConfig, ModelConfig
+from idattn.nn.layers import Linear, RMSNorm
+from idattn.nn.softmax import SoftmaxAttention
+from idattn.nn.ssm import SSMMixer
+
+
+class SwiGLU(nnx.Module):
+    """(SiLU(x W_gate) * x W_up) W_down."""
+
+    def __init__(self, config: ModelConfig, *, residual_std: float, rngs: nnx.Rngs):
+        self.gate = Linear(config.model_dim, config.mlp_dim, std=config.init_std, rngs=rngs)
+        self.up = Linear(config.model_dim, config.mlp_dim, std=config.init_std, rngs=rngs)
+        self.down = Linear(config.mlp_dim, config.model_dim, std=residual_std, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: str, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+        self.mixer_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        kind = MIXERS[mixer]
+        if kind.softmax:
+            self.mixer = SoftmaxAttention(config, residual_std=residual_std, rngs=rngs)
+        else:
+            self.mixer = SSMMixer(config, kind, residual_std=residual_std, compute=compute, rngs=rngs)
+        self.mlp = SwiGLU(config, residual_std=residual_std, rngs=rngs)
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
+        mixed, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, state=state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class Group(nnx.Module):
+    """One repetition of the pattern of mixers: as many blocks as the pattern has names."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(config, mixer, compute, rngs=rngs) for mixer in config.mixers])
+
+    def __call__(self, x, segment_ids, states):
+        new_states = []
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"block_{i}"):
+                x, state = block(x, segment_ids, None if states is None else states[i])
+            new_states.append(state)
+        return x, new_states
+
+
+class LanguageModel(nnx.Module):
+    """Tokens to logits.
+
+    Args:
+      config: the model.
+      compute: dtype, backend and rematerialisation.
+      rngs: the stream `params` is used.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
+        self.embedding = nnx.Param(
+            config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim))
+        )
+        repeats = config.num_layers // len(config.mixers)
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Group(config, compute, rngs=rngs)
+
+        self.groups = stack(rngs)  # every parameter with a leading axis of repetitions
+        self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.head = Linear(config.model_dim, config.vocab_size, std=config.init_std, rngs=rngs)
+
+    def hidden(
+        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The normalised last hidden vectors (B, T, D) in the compute dtype, and the state if one was given.
+
+        Args:
+          tokens: (B, T) integers in [0, vocab_size).
+          segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
+          state: from `init_state` or an earlier call, to go on from there; None to start anew and keep none.
+        """
+        x = self.embedding[...].astype(self.compute.dtype)[tokens]
+        graphdef, params = nnx.split(self.groups)
+
+        def apply(x, params_and_states):
+            params, states = params_and_states
+            x, new_states = nnx.merge(graphdef, params)(x, segment_ids, states)
+            return x, None if states is None else new_states
+
+        if self.compute.remat == "block":
+            apply = jax.checkpoint(apply, prevent_cse=False)
+        x, state = jax.lax.scan(apply, x, (params, state))
+        return self.final_norm(x), state
+
+    def __call__(
+        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The logits (B, T, V) in float32 of every next token, and the state; arguments as in `hidden`."""
+        x, state = self.hidden(tokens, segment_ids=segment_ids, state=state)
+        return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32)), state
+
+    def init_state(self, batch_size: int, max_tokens: int) -> Any:
+        """The state before the first token of `batch_size` rows; softmax layers keep up to `max_tokens` keys."""
+        graphdef, params = nnx.split(self.groups)
+        repeats = self.config.num_layers // len(self.config.mixers)
+        group = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], params))
+        states = [b.mixer.init_state(batch_size, max_tokens, jnp.dtype(self.compute.dtype)) for b in group.blocks]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), states)

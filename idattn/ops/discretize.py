@@ -1,0 +1,111 @@
+"""The discretised basis of a state: decays, input weights, their powers, and the readout, in real planes.
+
+Continuous parameters become the coefficients of the recurrence X_t = Lambda X_{t-1} + B z_t^T (eq. 11):
+
+    a = -exp(a_log) + i a_imag,   Delta = exp(log_delta)
+    lambda = exp(Delta a),        beta = (lambda - 1) / a        (zero-order hold of a one-valued input)
+
+and C becomes the map from what a query finds among the keys, y = X_k q, to the weights that it puts on the
+modes of the values, w = C^T f(C y), where f is the identity ("transpose", eq. 13), the conjugate ("hermitian") or
+the real part ("real"), so that o = Re(w^T X_v) without ever forming U = C X_k or Gamma = C X_v.
+
+Everything here is a function of the parameters alone: small, computed once a call, in float32 or float64.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Basis(NamedTuple):
+    """Parameters of the states' basis functions, one set for each of G key-value heads with M modes.
+
+    Attributes:
+      log_delta: (G,) logarithm of the step size Delta; |log_delta| <= 30.
+      a_log: (G, M) logarithm of the modes' decay rates; |a_log| <= 30.
+      a_imag: (G, M) the modes' frequencies in radians per unit of time; |a_imag| <= 1e6.
+      c: the readout C: complex (G, M, M) full, (G, M) diagonal, None for the identity; or a pair of real planes
+        (real, imaginary), each of one of the two shapes.
+    """
+
+    log_delta: jax.Array
+    a_log: jax.Array
+    a_imag: jax.Array
+    c: jax.Array | tuple[jax.Array, jax.Array] | None
+
+
+def multiply(x: jax.Array, y: jax.Array, axis: int = -2) -> jax.Array:
+    """The complex product of two arrays of planes: axis `axis` of both holds the real and the imaginary part."""
+    x_re, x_im = jnp.moveaxis(x, axis, 0)
+    y_re, y_im = jnp.moveaxis(y, axis, 0)
+    # Both operands have at least the axes behind the planes, so `axis` counts from the end of the result too.
+    return jnp.stack([x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re], axis=axis)
+
+
+def discretize(basis: Basis) -> tuple[jax.Array, jax.Array]:
+    """The decays lambda and input weights beta, planes (G, 2, M) each; accurate also where lambda - 1 cancels."""
+    delta = jnp.exp(basis.log_delta)[:, None]
+    x = -jnp.exp(basis.log_delta[:, None] + basis.a_log)  # Delta a = x + i y
+    y = delta * basis.a_imag
+    decay = jnp.exp(x)
+    lam = jnp.stack([decay * jnp.cos(y), decay * jnp.sin(y)], axis=-2)
+    return lam, delta[..., None] * _phi1(jnp.stack([x, y], axis=-2))
+
+
+def _phi1(z: jax.Array) -> jax.Array:
+    """phi1(z) = (exp(z) - 1) / z for planes (..., 2, M) with Re z <= 0: a series below |z| = 1, the quotient above.
+
+    Neither branch cancels where it is used, in its derivative no more than in its value.
+    """
+    one = jnp.zeros_like(z).at[..., 0, :].set(1)
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=-2, keepdims=True))  # keeps |z|^2 from overflowing
+    small = scale < 0.7  # then |z| < 1
+
+    near = jnp.where(small, z, 0)
+    series = one
+    for n in range(20, 1, -1):  # Horner's scheme of sum_n z^n / (n + 1)!; the next term is below 1e-19
+        series = one + multiply(near, series) / n
+
+    far = jnp.where(small, one, z)
+    x, y = far[..., 0, :], far[..., 1, :]
+    minus_one_re = jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2  # exp(x + iy) - 1 without cancellation
+    minus_one = jnp.stack([minus_one_re, jnp.exp(x) * jnp.sin(y)], axis=-2)
+    unit = far / jnp.where(small, 1, scale)
+    conjugate = unit * jnp.asarray([1, -1], z.dtype)[:, None]
+    quotient = multiply(minus_one, conjugate) / jnp.sum(unit**2, axis=-2, keepdims=True)
+    return jnp.where(small, series, quotient / jnp.where(small, 1, scale))
+
+
+def powers(lam: jax.Array, count: int) -> jax.Array:
+    """lambda^0 ... lambda^count, (count + 1, G, 2, M), by repeated squaring: no large phase is ever formed."""
+    table = jnp.zeros_like(lam).at[:, 0].set(1)[None]
+    square = lam
+    for _ in range(math.ceil(math.log2(count + 1))):
+        table = jnp.concatenate([table, multiply(table, square)])
+        square = multiply(square, square)
+    return table[: count + 1]
+
+
+def output_matrices(basis: Basis, readout: str) -> tuple[jax.Array, jax.Array]:
+    """C and C^T f as real (G, 2M, 2M) matrices on flattened planes: u = C y, then w = C^T f(u).
+
+    Args:
+      basis: its `c` in any of the forms that Basis allows.
+      readout: "transpose", "hermitian" or "real".
+    """
+    dtype = basis.a_log.dtype
+    eye = jnp.eye(basis.a_log.shape[1], dtype=dtype)
+    if basis.c is None:
+        c_re, c_im = jnp.broadcast_to(eye, basis.a_log.shape + eye.shape[1:]), jnp.zeros((), dtype)
+    else:
+        c_re, c_im = basis.c if isinstance(basis.c, tuple) else (basis.c.real, basis.c.imag)
+        if c_re.ndim == 2:
+            c_re, c_im = c_re[..., None] * eye, c_im[..., None] * eye
+    c_im = jnp.broadcast_to(c_im, c_re.shape)
+    f = jnp.asarray({"transpose": [1, 1], "hermitian": [1, -1], "real": [1, 0]}[readout], dtype)
+    to_u = jnp.block([[c_re, -c_im], [c_im, c_re]])
+    t_re, t_im = c_re.swapaxes(-1, -2), c_im.swapaxes(-1, -2)
+    to_w = jnp.block([[t_re * f[0], -t_im * f[1]], [t_im * f[0], t_re * f[1]]])
+    return to_u, to_w

@@ -1,0 +1,73 @@
+"""The paper's recurrence, written down literally: the reference that every other way is judged by.
+
+One token at a time, complex numbers, U and Gamma formed with the full C. Slow and memory-hungry on purpose.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from idattn.ops.discretize import Basis, discretize
+from idattn.ops.segments import PADDING, run_index
+
+
+def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout):
+    """Eq. 11 and 13 token by token; shapes as in `idattn.ops.interdomain_attention`."""
+    B, T, H, R = q.shape
+    G, E = k.shape[2], v.shape[-1]
+    dtype = initial_state.dtype
+    c = _complex_c(basis)
+
+    def read(state, q_t):  # state (B, G, M, R + E), q_t (B, H, R)
+        coefficients = jnp.einsum("gmn,bgnw->bgmw", c, state)
+        u, gamma = coefficients[..., :R], coefficients[..., R:]
+        xi_u = jnp.einsum("bgjr,bgmr->bgjm", q_t.reshape(B, G, H // G, R), u)
+        if readout == "real":
+            return jnp.einsum("bgjm,bgme->bgje", xi_u.real, gamma.real).reshape(B, H, E)
+        xi_u = xi_u.conj() if readout == "hermitian" else xi_u
+        return jnp.einsum("bgjm,bgme->bgje", xi_u, gamma).real.reshape(B, H, E)
+
+    z = jnp.concatenate([k, v], axis=-1).astype(dtype)
+    o, state = _scan(read, z, basis, initial_state, segment_ids, q.astype(dtype))
+    return o.astype(q.dtype), state
+
+
+def linear(z, basis, c_out, initial_state, segment_ids):
+    """The learned linear readout Re(c_out^T C X_t) token by token; shapes as in `idattn.ops.linear_readout`."""
+    c = _complex_c(basis)
+
+    def read(state, _):
+        return jnp.einsum("gm,gmn,bgnw->bgw", c_out, c, state).real
+
+    y, state = _scan(read, z.astype(initial_state.dtype), basis, initial_state, segment_ids, None)
+    return y.astype(z.dtype), state
+
+
+def _complex_c(basis: Basis) -> jax.Array:
+    M = basis.a_log.shape[1]
+    if basis.c is None:
+        return jnp.broadcast_to(jnp.eye(M, dtype=basis.a_log.dtype), (*basis.a_log.shape, M))
+    c = jax.lax.complex(*basis.c) if isinstance(basis.c, tuple) else basis.c
+    return c if c.ndim == 3 else c[..., None] * jnp.eye(M, dtype=c.dtype)
+
+
+def _scan(read, z, basis, initial_state, segment_ids, queries):
+    """X_t = Lambda X_{t-1} + B z_t^T over t, and what `read` makes of every X_t."""
+    B, T = z.shape[:2]
+    lam, beta = (jax.lax.complex(planes[:, 0], planes[:, 1])[:, :, None] for planes in discretize(basis))
+    if segment_ids is None:
+        segment_ids = jnp.zeros((B, T), jnp.int32)
+    runs = run_index(segment_ids)
+    starts = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
+    is_token = segment_ids != PADDING
+
+    def advance(state, inputs):
+        z_t, q_t, starts_t, is_token_t = inputs
+        before = jnp.where(starts_t[:, None, None, None], 0, state)
+        after = lam * before + beta * z_t[:, :, None, :]
+        state = jnp.where(is_token_t[:, None, None, None], after, state)
+        return state, jnp.where(is_token_t[:, None, None], read(state, q_t), 0)
+
+    state = jax.lax.complex(initial_state[:, :, 0], initial_state[:, :, 1])
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (z, queries, starts, is_token))
+    state, outputs = jax.lax.scan(advance, state, inputs)
+    return jnp.moveaxis(outputs, 0, 1), jnp.stack([state.real, state.imag], axis=2)
