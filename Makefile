@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 $(READY): pyproject.toml
 	$(PY) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps mistral-common  # only for its SentencePiece model, which a test reads
 	touch $@
 
 quickstart: $(READY)

@@ -1,7 +1,7 @@
 """The parts that the mixers and the decoder share: projections, norms, convolutions, rotary positions, the basis.
 
 Parameters are float32; everything computes in the dtype of its input. `SSMParam` marks the parameters of the
-optimiser's SSM group (norm scales and biases of eq. 12, Delta, A, C, c_out).
+optimiser's SSM group (norm scales and biases of eq. 12, Delta, A, C, c_out), `MatrixParam` those with weight decay.
 """
 
 import math
@@ -19,11 +19,15 @@ class SSMParam(nnx.Param):
     """A parameter with the SSM group's learning rate and without weight decay."""
 
 
+class MatrixParam(nnx.Param):
+    """A matrix of weights or embeddings: the parameters that weight decay applies to."""
+
+
 class Linear(nnx.Module):
     """x W without bias, from `num_in` to `num_out` channels; W starts normal with standard deviation `std`."""
 
     def __init__(self, num_in: int, num_out: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (num_in, num_out)))
+        self.weight = MatrixParam(std * jax.random.normal(rngs.params(), (num_in, num_out)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.weight[...].astype(x.dtype)

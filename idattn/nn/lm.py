@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from idattn.config import MIXERS, ComputeConfig, ModelConfig
-from idattn.nn.layers import Linear, RMSNorm
+from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
 from idattn.nn.ssm import SSMMixer
 
@@ -49,7 +49,13 @@ class Group(nnx.Module):
     """One repetition of the pattern of mixers: as many blocks as the pattern has names."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, mixer, compute, rngs=rngs) for mixer in config.mixers])
+        for i, mixer in enumerate(config.mixers):  # named, not a list: checkpoints keep string keys
+            setattr(self, f"block_{i}", Block(config, mixer, compute, rngs=rngs))
+        self.size = len(config.mixers)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [getattr(self, f"block_{i}") for i in range(self.size)]
 
     def __call__(self, x, segment_ids, states):
         new_states = []
@@ -71,7 +77,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
-        self.embedding = nnx.Param(
+        self.embedding = MatrixParam(
             config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim))
         )
         repeats = config.num_layers // len(config.mixers)

@@ -118,9 +118,7 @@ class SSMMixer(nnx.Module):
             if one_token:
                 o, ssm_state = ops.linear_step(z[:, 0], self.basis(), self.c_out[...], ssm_state)
             else:
-                o, ssm_state = ops.linear_readout(
-                    z, self.basis(), self.c_out[...], initial_state=ssm_state, **options
-                )
+                o, ssm_state = ops.linear_readout(z, self.basis(), self.c_out[...], initial_state=ssm_state, **options)
         o = o.reshape(B, T, -1)
         if self.gate is not None:
             o = jax.nn.silu(self.gate(x)) * o

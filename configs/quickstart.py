@@ -1,0 +1,10 @@
+"""A byte-level interdomain model on the embedded Austen novels: the main job of `make quickstart`.
+
+python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from idattn.config import quickstart, to_config_dict
+
+
+def get_config():
+    return to_config_dict(quickstart())

@@ -1,0 +1,88 @@
+"""What a model costs: parameters, states, bytes and floating-point operations, from its shapes alone.
+
+Operations are those of the mathematics, whatever backend computes it: two per multiplication with addition, causal
+softmax attention halved, a backward pass twice its forward pass, element-wise work not counted.
+"""
+
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+from flax import nnx
+
+from idattn.config import MIXERS, ComputeConfig, Config, ModelConfig
+from idattn.nn import LanguageModel
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """The number of parameters by part, and `total`, from the shapes of the real module."""
+    model = nnx.eval_shape(lambda: LanguageModel(config, ComputeConfig(), rngs=nnx.Rngs(0)))
+    parts: Counter[str] = Counter()
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        part = path[2] if path[0] == "groups" else path[0]  # groups, block_i, part of the block, ...
+        parts["norms" if "norm" in part else part] += math.prod(leaf.shape)
+    return {"total": sum(parts.values())} | dict(sorted(parts.items()))
+
+
+def state_size(config: ModelConfig, mixer: str, context: int) -> int:
+    """Real numbers that one layer carries from token to token for a sequence, without convolution tails (table 5)."""
+    if MIXERS[mixer].softmax:
+        return 2 * config.model_dim * context
+    return config.num_kv_heads * 2 * config.ssm.num_modes * 2 * config.head_dim
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+    """Operations of a forward pass per token of sequences of `context` tokens."""
+    D, F = config.model_dim, config.mlp_dim
+    repeats = config.num_layers // len(config.mixers)
+    layers = sum(_mixer_flops(config, mixer, context) for mixer in config.mixers) * repeats
+    return layers + config.num_layers * 6 * D * F + 2 * D * config.vocab_size
+
+
+def training_flops_per_token(config: ModelConfig, context: int) -> int:
+    """Operations of a forward and a backward pass per token: three times the forward pass."""
+    return 3 * forward_flops_per_token(config, context)
+
+
+def _mixer_flops(config: ModelConfig, mixer: str, context: int) -> int:
+    kind, ssm = MIXERS[mixer], config.ssm
+    D, H, G, R, M = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ssm.num_modes
+    if kind.softmax:
+        return 8 * D**2 + 2 * D * context  # projections; scores and weighted values over half the context
+    width = D if kind.query_readout else 2 * D  # of what the output projection reads
+    narrow = G * R  # of the inputs of the state
+    projections = 2 * D * (2 * narrow + width + (D if kind.query_readout else 0) + (width if ssm.output_gate else 0))
+    convolved = narrow * (1 if kind.feature_map else 2) + (D if kind.query_readout else 0)
+    # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
+    update = G * 10 * M * 2 * R
+    if kind.query_readout:  # y = X_k q, w = C^T f(C y) with the product of the two matrices, o = Re(w^T X_v)
+        read = H * (4 * M * R + {"full": 8 * M**2, "diagonal": 8 * M, "identity": 0}[ssm.c] + 4 * M * R)
+    else:
+        read = H * 4 * M * 2 * R
+    return projections + 2 * ssm.conv_width * convolved + update + read
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """All costs of a run's model as a JSON-ready dictionary; contexts are the run's sequence length."""
+    model, context = config.model, config.data.seq_len
+    parameters = count_parameters(model)
+    sizes = {mixer: state_size(model, mixer, context) for mixer in model.mixers}
+    repeats = model.num_layers // len(model.mixers)
+    return {
+        "parameters": parameters["total"],
+        "parameters_by_part": {name: count for name, count in parameters.items() if name != "total"},
+        "context": context,
+        "state_size_per_layer": sizes,
+        "forward_flops_per_token": forward_flops_per_token(model, context),
+        "training_flops_per_token": training_flops_per_token(model, context),
+        "training_tokens": config.train.steps * config.train.batch_size * context,
+        "bytes": {
+            "parameters": 4 * parameters["total"],
+            "optimiser": 8 * parameters["total"],
+            "state_per_sequence": sum(
+                size * repeats * (jax.numpy.dtype(config.compute.dtype).itemsize if MIXERS[mixer].softmax else 4)
+                for mixer, size in ((mixer, sizes[mixer]) for mixer in model.mixers)
+            ),
+        },
+    }

@@ -1,0 +1,77 @@
+"""Losses of n-gram models: what counting alone reaches, as a yardstick beside a model's validation loss."""
+
+import numpy as np
+
+
+def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_order: int) -> list[float]:
+    """Mean validation losses of n-gram models of order 1 to `max_order`, fitted to `train`.
+
+    Order n sees the n - 1 tokens before the one it predicts. Probabilities are interpolated Witten-Bell (Witten and
+    Bell 1991, method C; Chen and Goodman 1998, section 2.5): with c(h, w) the count of w after the context h,
+    c(h) = sum_w c(h, w), u(h) the number of different tokens seen after h, and h' being h without its oldest token,
+
+        p(w | h) = (c(h, w) + u(h) p(w | h')) / (c(h) + u(h)),
+
+    down to the uniform distribution below order 1; where h never occurred, p(w | h) = p(w | h').
+
+    Args:
+      train: (tokens,) integer ids below `vocab_size`, one stream, at least one token.
+      validation: (tokens,) likewise, at least two. The first token is context only, as for a language model.
+      vocab_size: V, the tokens among which the probabilities sum to 1.
+      max_order: the longest n-gram in tokens, at least 1.
+
+    Returns:
+      For each order from 1, the mean of -ln p over validation[1:] in nats per token.
+
+    Raises:
+      ValueError: a stream is too short or not one-dimensional, an id is outside the vocabulary, or `max_order` < 1.
+    """
+    if max_order < 1:
+        raise ValueError(f"max_order={max_order} must be at least 1.")
+    _check_stream("train", train, vocab_size, 1)
+    _check_stream("validation", validation, vocab_size, 2)
+    probability = np.full(len(validation), 1 / vocab_size)
+    # The context of each token: the number of the n-gram before it in `keys`, -1 for one that training lacks.
+    # Numbering anew at each order keeps context * V + token within 64 bits, however long the n-grams.
+    train_context = np.zeros(len(train), np.int64)
+    context = np.zeros(len(validation), np.int64)
+    num_contexts = 1
+    nats = []
+    for order in range(1, max_order + 1):
+        # An order beyond the shorter stream has no n-grams: it falls back on the one below.
+        if order <= min(len(train), len(validation)):
+            keys, ngram, count = np.unique(
+                train_context * vocab_size + train[order - 1 :].astype(np.int64),
+                return_inverse=True,
+                return_counts=True,
+            )
+            total = np.bincount(keys // vocab_size, count, minlength=num_contexts)  # c(h)
+            distinct = np.bincount(keys // vocab_size, minlength=num_contexts)  # u(h)
+
+            # u(h) = 0 happens for training's very last n-gram, which nothing follows.
+            known = np.flatnonzero((context >= 0) & (distinct[context] > 0))
+            h = context[known]
+            position = known + order - 1
+            wanted = h * vocab_size + validation[position].astype(np.int64)
+            found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            hit = keys[found] == wanted
+            probability[position] = (hit * count[found] + distinct[h] * probability[position]) / (
+                total[h] + distinct[h]
+            )
+
+            context = np.full(len(context), -1)
+            context[known[hit]] = found[hit]
+            train_context, context = ngram[:-1], context[:-1]
+            num_contexts = len(keys)
+        nats.append(float(-np.log(probability[1:]).mean()))
+    return nats
+
+
+def _check_stream(name: str, stream: np.ndarray, vocab_size: int, shortest: int) -> None:
+    if stream.ndim != 1 or len(stream) < shortest:
+        raise ValueError(f"{name} has shape {stream.shape}; it must be one stream of at least {shortest} tokens.")
+    if stream.min() < 0 or stream.max() >= vocab_size:
+        raise ValueError(
+            f"{name} holds ids {stream.min()} to {stream.max()}; with vocab_size={vocab_size} they must be "
+            f"0 to {vocab_size - 1}: encode the text with the tokenizer whose vocabulary you name."
+        )

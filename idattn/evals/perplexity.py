@@ -1,0 +1,52 @@
+"""Loss on held-out text."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from idattn.config import Config
+from idattn.loss import cross_entropy
+
+Batch = Mapping[str, Any]
+
+
+def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The summed loss of a batch in nats, and the number of targets that count.
+
+    Args:
+      graphdef: of a LanguageModel.
+      params: its parameters, as nested dicts of arrays.
+      batch: `inputs`, `targets`, `segment_ids` and `loss_mask`, each (B, T).
+      config: of the run.
+    """
+    model = nnx.merge(graphdef, params)
+    # Without resets the only segment is padding at the end, which the loss masks and causality keeps away.
+    segment_ids = batch["segment_ids"] if config.data.documents == "reset" else None
+    hidden, _ = model.hidden(batch["inputs"], segment_ids=segment_ids)
+    return cross_entropy(
+        hidden, model.head.weight[...], batch["targets"], batch["loss_mask"], chunk=config.compute.loss_chunk
+    )
+
+
+def mean_loss(
+    loss: Callable[[Any, Batch], tuple[jax.Array, jax.Array]], params: Any, batches: Iterable[Batch]
+) -> float:
+    """The mean loss in nats per target over all batches.
+
+    Args:
+      loss: (params, batch) -> sum and count, such as a compiled `batch_loss`.
+      params: of the model.
+      batches: at least one with a target that counts.
+
+    Raises:
+      ValueError: no target counts.
+    """
+    sums = np.zeros(2)
+    for batch in batches:
+        sums += np.asarray(jax.device_get(loss(params, batch)), np.float64)
+    if sums[1] == 0:
+        raise ValueError("There is no target to evaluate on: every position of the batches is masked.")
+    return float(sums[0] / sums[1])

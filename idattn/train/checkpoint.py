@@ -1,0 +1,321 @@
+"""Checkpoints of a run: state, data position and config, committed together and verified before use.
+
+`workdir/checkpoints/<step>/` holds the Orbax items `state`, `data`, `config` and, after an evaluation, `metrics`.
+TensorStore checks its index but not the arrays it points to, so a flipped bit would load as a wrong number; every
+checkpoint therefore carries `manifest.json`, the SHA-256 of each file of its items, written before Orbax commits.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from grain import checkpoint as grain_checkpoint
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from idattn.config import Config, from_config_dict
+
+MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a run, saved in the background; a context manager that waits for them at the end.
+
+    Opening moves checkpoints with damaged files to `workdir/broken` and warns, unless no valid one would be left.
+
+    Args:
+      workdir: folder of the run.
+      keep_latest: number of newest checkpoints to keep.
+      keep_best: number of checkpoints to keep for their low validation loss, beside the newest.
+
+    Raises:
+      RuntimeError: there are checkpoints but none is valid.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep_latest: int, keep_best: int):
+        self._folder = _absolute(workdir) / "checkpoints"
+        broken = _set_broken_aside(self._folder) if jax.process_index() == 0 else ""
+        if multihost_utils.broadcast_one_to_all(bool(broken)):
+            raise RuntimeError(
+                f"No checkpoint in {self._folder} is valid: {broken or 'see process 0'}. Repair one, or move them away "
+                "to start anew."
+            )
+        self._saving = -1
+        best = BestN(get_metric_fn=_val_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep_latest), best]),
+                best_fn=_val_loss,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, data_iterator: Any, config: Config, val_loss: float | None = None) -> None:
+        """Start saving a checkpoint; `state` may be changed or donated after the return.
+
+        Args:
+          step: optimiser steps done.
+          state: pytree of jax arrays.
+          data_iterator: grain iterator, positioned at the next batch.
+          config: of the run.
+          val_loss: nats per token, if there was an evaluation at this step; a value that is not finite never ranks.
+
+        Raises:
+          ValueError: there is a checkpoint of this step.
+        """
+        self._manager.wait_until_finished()  # _write_manifest may still need the previous step
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain_checkpoint.CheckpointSave(data_iterator),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            ),
+            metrics={"val_loss": float(val_loss)} if val_loss is not None and math.isfinite(val_loss) else None,
+            force=True,  # else Orbax skips steps below the latest without a word
+        )
+
+    def restore_latest(self, abstract_state: Any, data_iterator: Any) -> tuple[int, Any] | None:
+        """Restore the newest checkpoint and set the data iterator to its position.
+
+        Args:
+          abstract_state: pytree of jax.ShapeDtypeStruct with shardings.
+          data_iterator: grain iterator of the same pipeline, changed in place.
+
+        Returns:
+          Step and state, or None if the run has no checkpoint.
+
+        Raises:
+          ValueError: names, shapes or dtypes of the stored state differ from `abstract_state`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        _check_structure(self._folder / str(step), abstract_state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state),
+                data=grain_checkpoint.CheckpointRestore(data_iterator),
+            ),
+        )
+        return step, restored.state
+
+    def best_step(self) -> int | None:
+        """The step of the kept checkpoint with the lowest validation loss, or None if none has one."""
+        return self._manager.best_step()
+
+    def _write_manifest(self) -> None:
+        # Orbax calls this on the first process, when all items are complete but the folder has its temporary name.
+        (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._saving))
+        files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
+        digests = {str(file.relative_to(folder)): _sha256(file) for file in files}
+        (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
+
+
+def check_same_run(workdir: epath.PathLike, config: Config) -> None:
+    """Write the config of a new run to `workdir/config.json`, or compare it with the one that is there.
+
+    Args:
+      workdir: folder of the run.
+      config: config of this start.
+
+    Raises:
+      ValueError: a setting of `Config.identity` differs from the stored one.
+    """
+    file = _absolute(workdir) / "config.json"
+    if not file.exists():
+        if jax.process_index() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(file.name + ".tmp")
+            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            temporary.replace(file)
+        return
+    stored, given = (
+        _named_leaves(c.identity(), is_leaf=lambda value: not isinstance(value, dict))
+        for c in (from_config_dict(json.loads(file.read_text())), config)
+    )
+    differences = [f"{key}: {stored[key]!r} there, {given[key]!r} now" for key in given if stored[key] != given[key]]
+    if differences:
+        raise ValueError(
+            f"{file} is of another run ({'; '.join(differences)}). Use another workdir, or --init_from to start a new "
+            "run from the weights only."
+        )
+
+
+def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tuple[Config, Any, int]:
+    """Load the parameters of a checkpoint onto the default device, without the optimiser state.
+
+    Args:
+      checkpoint: folder of a run, or of one checkpoint (`workdir/checkpoints/<step>`).
+      which: "latest", "best" (lowest validation loss) or a step; ignored for the folder of one checkpoint.
+
+    Returns:
+      Config, parameters as nested dicts with string keys, and step.
+
+    Raises:
+      FileNotFoundError: the path does not exist, holds no checkpoint, or none with a validation loss for "best".
+      ValueError: the checkpoint is damaged, or there is no step `which`.
+    """
+    path = _absolute(checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give the folder of a run or of one of its checkpoints.")
+    folder = path if (path / MANIFEST).exists() else _choose(path, which)
+    if damage := _damage(folder):
+        raise ValueError(f"The checkpoint is damaged: {damage}. Choose another step.")
+    config = from_config_dict(json.loads((folder / "config" / "metadata").read_text()))
+    abstract = {"params": _stored_tree(folder)["params"]}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract),
+                partial_restore=True,
+            ),
+        )
+    return config, jax.tree.map(jnp.asarray, restored["params"]), int(folder.name)
+
+
+def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
+    """Save a state to `workdir/name` for inspection and wait for it; an earlier one of this name is replaced.
+
+    Args:
+      workdir: folder of the run.
+      name: of the new folder.
+      state: pytree of jax arrays.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(_absolute(workdir) / name, state, force=True)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    return epath.Path(path).expanduser().absolute()
+
+
+def _val_loss(metrics: dict[str, float]) -> float:
+    return metrics["val_loss"]
+
+
+def _sha256(file: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
+
+
+def _damage(folder: epath.Path, item: str = "") -> str:
+    """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is."""
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{folder / MANIFEST} cannot be read ({error})"
+    for name, digest in digests.items():
+        if not name.startswith(item):
+            continue
+        if not (folder / name).exists():
+            return f"{folder / name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{folder / name} does not match its checksum in {MANIFEST}"
+    return ""
+
+
+def _set_broken_aside(folder: epath.Path) -> str:
+    """Move damaged checkpoints to `broken` beside `folder`; if all are, move none and return what is wrong."""
+    broken, found = {}, False
+    for step in _steps(folder):
+        # Reading a checkpoint takes time: those older than the newest valid one wait until they are needed, but for
+        # the losses, which Orbax reads at once.
+        if damage := _damage(folder / str(step), "metrics/" if found else ""):
+            broken[step] = damage
+        else:
+            found = True
+    if not found:
+        return "; ".join(broken.values())
+    for step, damage in broken.items():
+        aside = folder.parent / "broken"
+        aside.mkdir(exist_ok=True)
+        count = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
+        target = aside / (f"{step}-{count}" if count else str(step))
+        (folder / str(step)).rename(target)
+        logger.warning("Checkpoint %d is not used and moved to %s: %s.", step, target, damage)
+    return ""
+
+
+def _choose(workdir: epath.Path, which: str | int) -> epath.Path:
+    """The folder of the checkpoint `which` of a run."""
+    folder = workdir / "checkpoints"
+    steps = _steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"{workdir} is neither a checkpoint nor the folder of a run that has one.")
+    if which == "latest":
+        return folder / str(steps[0])
+    if which == "best":
+        files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
+        losses = {step: _val_loss(json.loads(file.read_text())) for step, file in files.items() if file.exists()}
+        if not losses:
+            raise FileNotFoundError(f"No checkpoint in {folder} has a validation loss; use which='latest' or a step.")
+        return folder / str(min(losses, key=losses.get))
+    if which not in steps:
+        raise ValueError(f"which={which!r} must be 'latest', 'best' or a step of {folder}: {sorted(steps)}.")
+    return folder / str(which)
+
+
+def _stored_tree(folder: epath.Path) -> Any:
+    return ocp.StandardCheckpointHandler().metadata(folder / "state").tree
+
+
+def _check_structure(folder: epath.Path, abstract_state: Any) -> None:
+    # Orbax casts to another dtype without a word.
+    stored, wanted = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(tree).items()}
+        for tree in (_stored_tree(folder), abstract_state)
+    )
+    differences = [
+        f"{name}: {stored.get(name, 'nothing')} stored, {wanted.get(name, 'nothing')} wanted"
+        for name in sorted(stored | wanted)
+        if stored.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} holds a state of another structure in {len(differences)} arrays ({'; '.join(differences[:5])}). "
+            "Resume with the model and optimiser that it was saved with."
+        )
+
+
+def _named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

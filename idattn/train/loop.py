@@ -1,0 +1,194 @@
+"""The run: data, steps, evaluations, checkpoints, and what is shown at the end."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from idattn.config import Config, from_config_dict
+from idattn.costs import count_parameters, training_flops_per_token
+from idattn.data import eval_batches, load_data, train_iterator
+from idattn.evals.ngram import ngram_nats
+from idattn.evals.perplexity import mean_loss
+from idattn.inference import generate
+from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
+from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
+from idattn.train.step import State, Trainer
+
+
+def train(
+    config: Config | Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    *,
+    init_from: str = "",
+    profile: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
+    """Train a language model, or go on with the run that is in `workdir`; resumed runs are bit-exact.
+
+    Writes to `workdir`: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`.
+
+    Args:
+      config: the run, as a Config or as the ConfigDict of a config file.
+      workdir: folder of the run; made if it does not exist.
+      init_from: a checkpoint whose weights a new run starts from.
+      profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
+
+    Returns:
+      `step`, `val_loss` (nats per token), `best_val_loss`, `parameters`, and, where the config asks for them,
+      `ngram_losses` by order and `sample`.
+
+    Raises:
+      ValueError: the config breaks a rule, does not fit the data, or `workdir` holds another run.
+      FloatingPointError: the loss or gradient of a step was not finite; the state before it is saved in `workdir`.
+    """
+    if not isinstance(config, Config):
+        config = from_config_dict(config)
+    return _Run(config, Path(workdir), init_from, profile).run()
+
+
+class _Run:
+    def __init__(self, config: Config, workdir: Path, init_from: str, profile: tuple[int, int]):
+        self.config, self.workdir, self.profile = config, workdir, profile
+        self.tokenizer, self.train_windows, self.val_windows = load_data(config.data)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size} must be at least the {self.tokenizer.vocab_size} tokens of "
+                f"the tokenizer {config.data.tokenizer!r}."
+            )
+        check_same_run(workdir, config)
+        self.trainer = Trainer(config)
+        self.init_from = init_from
+        self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed)
+        self.parameters = count_parameters(config.model)["total"]
+        self.best = float("inf")
+        self.val_loss = float("nan")
+
+    def run(self) -> dict[str, Any]:
+        settings = self.config.train
+        with Checkpoints(self.workdir, settings.keep_latest, settings.keep_best) as checkpoints:
+            restored = checkpoints.restore_latest(self.trainer.abstract_state(), self.data)
+            start, state = restored or (0, self._initial_state())
+            print(
+                f"{'+'.join(self.config.model.mixers)}: {self.parameters:,} parameters, {settings.steps:,} steps of "
+                f"{settings.batch_size * self.config.data.seq_len:,} tokens on {jax.local_devices()[0].device_kind}; "
+                + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
+            )
+            with MetricsWriter(self.workdir, start) as self.writer:
+                state = self._steps(start, state, checkpoints)
+                if start == settings.steps:
+                    self._evaluate(state)
+        return self._report(state)
+
+    def _initial_state(self) -> State:
+        state = self.trainer.init()
+        if not self.init_from:
+            return state
+        _, params, step = load_params(self.init_from)
+        shapes, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, state["params"]))
+        if shapes != wanted:
+            raise ValueError(f"init_from={self.init_from!r} holds the weights of another model than this config's.")
+        print(f"weights from {self.init_from}, step {step}")
+        return state | {"params": params}
+
+    def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> State:
+        settings = self.config.train
+        pending = None  # metrics of the last step, looked at when the next one is under way
+        self._clock = (time.perf_counter(), start)
+        with tqdm(
+            total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=start == settings.steps
+        ) as bar:
+            for step in range(start, settings.steps):
+                done = step + 1
+                if done == self.profile[0]:
+                    jax.profiler.start_trace(self.workdir / "profile")
+                state, metrics = self.trainer.step(state, next(self.data), step)
+                self._look(pending, state, bar)
+                pending = (done, metrics)
+                evaluate = done % settings.eval_every == 0 or done == settings.steps
+                save = done % settings.checkpoint_every == 0 or done == settings.steps
+                if evaluate or save or done == self.profile[1]:
+                    self._look(pending, state, bar)
+                    pending = None
+                    paused = time.perf_counter()
+                    if done == self.profile[1]:
+                        jax.profiler.stop_trace()
+                    val_loss = self._evaluate(state) if evaluate else None
+                    if val_loss is not None:
+                        self.writer.write(done, {"val_loss": val_loss})
+                        bar.write(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
+                    if save:
+                        checkpoints.save(done, state, self.data, self.config, val_loss)
+                    self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
+                bar.update()
+        return state
+
+    def _look(self, pending: tuple[int, dict[str, jax.Array]] | None, state: State, bar: tqdm) -> None:
+        """Show and log the metrics of a step; stop the run if they are not finite."""
+        if pending is None:
+            return
+        step, metrics = pending[0], {name: value.item() for name, value in jax.device_get(pending[1]).items()}
+        if not metrics.pop("finite"):
+            name = f"not-finite-at-step-{step}"
+            save_aside(self.workdir, name, state)
+            raise FloatingPointError(
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The state before it is in "
+                f"{self.workdir / name}. Try a lower learning rate, or look at the batch with this seed and step."
+            )
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            then, earlier = self._clock
+            self._clock = (time.perf_counter(), step)
+            per_step = self.config.train.batch_size * self.config.data.seq_len
+            speed = metrics["tokens_per_second"] = (step - earlier) * per_step / (self._clock[0] - then)
+            peak = device_peak_flops(jax.local_devices()[0].device_kind)
+            if peak:
+                flops = training_flops_per_token(self.config.model, self.config.data.seq_len)
+                metrics["mfu"] = speed * flops / peak
+            mfu = f"{metrics['mfu']:.1%}" if peak else "n/a"
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{speed:,.0f}", mfu=mfu, refresh=False)
+            self.writer.write(step, metrics)
+
+    def _evaluate(self, state: State) -> float:
+        settings = self.config.train
+        batches = eval_batches(self.val_windows, settings.batch_size, settings.eval_batches)
+        self.val_loss = mean_loss(self.trainer.loss, state["params"], batches)
+        self.best = min(self.best, self.val_loss)
+        return self.val_loss
+
+    def _report(self, state: State) -> dict[str, Any]:
+        settings = self.config.train
+        result: dict[str, Any] = {
+            "step": settings.steps,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best,
+            "parameters": self.parameters,
+        }
+        rows = {}
+        if settings.ngram_orders:
+            streams = self.train_windows.stream, self.val_windows.stream
+            losses = ngram_nats(*streams, self.tokenizer.vocab_size, settings.ngram_orders)
+            result["ngram_losses"] = losses
+            rows = {f"{order}-gram": loss for order, loss in enumerate(losses, 1)}
+        print(f"\nvalidation loss on {', '.join(self.config.data.holdout)}, nats per token")
+        for name, loss in [*rows.items(), ("this model", self.val_loss)]:
+            print(f"  {name:<12}{loss:.3f}")
+        if settings.sample_prompt:
+            result["sample"] = self._sample(state)
+            print(f"\nsample\n  {settings.sample_prompt}|{result['sample']}")
+        print(f"\nloss curves: {plot_losses(self.workdir, rows)}\ncheckpoints: {self.workdir / 'checkpoints'}")
+        return result
+
+    def _sample(self, state: State) -> str:
+        settings = self.config.train
+        prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(settings.sample_prompt)])
+        model = nnx.merge(self.trainer.graphdef, state["params"])
+        tokens = generate(
+            model, jnp.asarray(prompt, jnp.int32)[None], settings.sample_tokens, seed=self.config.seed, temperature=0.8
+        )
+        return self.tokenizer.decode(np.asarray(tokens[0]))

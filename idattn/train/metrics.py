@@ -1,0 +1,144 @@
+"""What a run reports: scalars in a JSONL file and TensorBoard, a plot of the losses, and the peak FLOP/s of devices."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+# Published dense bfloat16 FLOP/s for each jax device, by `device_kind`. A device is a whole chip, but for TPU v3 and
+# TPU7x, where it is one of the chip's two TensorCores. Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x};
+# NVIDIA's data sheets of each GPU, which mostly state twice this for sparse matrices (RTX 6000 Ada: four times, in
+# FP8). jax/_src/tpu_info.py lists the names of TPUs; those of GPUs are what the driver calls them.
+_PEAK_FLOPS = {
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA GH200 480GB": 989.5e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA RTX 6000 Ada Generation": 364.25e12,
+}
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """The published dense bfloat16 FLOP/s of one jax device.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+
+    Returns:
+      FLOP/s, or None for a device that is not in the table, such as a CPU or a slice of a GPU.
+    """
+    return _PEAK_FLOPS.get(device_kind)
+
+
+class MetricsWriter:
+    """Writes scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`; a context manager, for one process.
+
+    Args:
+      workdir: folder of the run.
+      resume_step: step of the restored checkpoint; what was written for later steps is dropped. -1 for a new run.
+
+    Raises:
+      ValueError: a line of `metrics.jsonl` other than a half-written last one is no JSON object with a step.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int):
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            temporary = path.with_name(path.name + ".tmp")
+            kept = (record for record in read_metrics(path) if record["step"] <= resume_step)
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.replace(path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Append one line; in the file, values that are not finite are null, for which JSON has no number.
+
+        Args:
+          step: optimiser steps done.
+          scalars: values by name, each a number or an array of one.
+        """
+        values = {name: float(value) for name, value in scalars.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+def plot_losses(workdir: str | Path, baselines: Mapping[str, float] | None = None) -> Path:
+    """Draw the training and validation losses of `workdir/metrics.jsonl` to `workdir/loss.png`.
+
+    Args:
+      workdir: folder of the run.
+      baselines: losses to draw as horizontal lines, by name, in nats per token.
+
+    Returns:
+      Path of the image.
+
+    Raises:
+      FileNotFoundError: the run has no metrics.
+      ValueError: the metrics hold no loss, or a line of them is malformed.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    records = read_metrics(path)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)")
+    styles = {
+        "loss": dict(label="training", color="tab:blue", linewidth=1),
+        "val_loss": dict(label="validation", color="tab:orange", marker="o", markersize=4),
+    }
+    for key, style in styles.items():
+        points = [(r["step"], math.nan if r[key] is None else r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    if not axes.lines:
+        raise ValueError(f"{path} has neither 'loss' nor 'val_loss'; there is nothing to plot.")
+    for index, (name, loss) in enumerate((baselines or {}).items()):
+        axes.axhline(loss, label=f"{name} ({loss:.3g})", color=f"C{index + 2}", linewidth=1, linestyle="--")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = path.with_name("loss.png")
+    figure.savefig(image)
+    return image
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; a half-written last line is left out."""
+    *lines, _half_written = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number} is no JSON object with a step: {line[:80]!r}. Remove the line."
+            ) from error
+    return records

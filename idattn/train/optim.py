@@ -1,0 +1,57 @@
+"""AdamW with the SSM group, warm-up and cosine (PAPER A.2)."""
+
+from typing import Any
+
+import optax
+from flax import nnx
+
+from idattn.config import OptimConfig
+from idattn.nn.layers import MatrixParam, SSMParam
+
+
+def learning_rate(config: OptimConfig, steps: int, *, ssm: bool = False) -> optax.Schedule:
+    """The learning rate of update 0, 1, ..., steps - 1: linear warm-up, then cosine to final_lr at the last update.
+
+    Args:
+      config: the recipe.
+      steps: updates of the run.
+      ssm: of the SSM group, whose peak is capped.
+    """
+    peak = min(config.peak_lr, config.ssm_lr_cap) if ssm else config.peak_lr
+    warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
+    decay = optax.cosine_decay_schedule(
+        peak, max(steps - config.warmup_steps, 1), alpha=min(config.final_lr, peak) / peak
+    )
+    schedule = optax.join_schedules([warmup, decay], [config.warmup_steps])
+    return lambda count: schedule(count + 1)  # the first update is not lost on a rate of 0
+
+
+def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
+    """AdamW on nested dicts of the model's parameters, whose types say which group each belongs to.
+
+    Args:
+      config: the recipe.
+      steps: updates of the run.
+      model: a module, abstract or real.
+    """
+
+    def tree_of(function):
+        variables = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        nested: dict[str, Any] = {}
+        for path, variable in variables:
+            node = nested
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = function(variable)
+        return nested
+
+    rates = {
+        "ssm": optax.scale_by_learning_rate(learning_rate(config, steps, ssm=True)),
+        "other": optax.scale_by_learning_rate(learning_rate(config, steps)),
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, tree_of(lambda v: isinstance(v, MatrixParam))),
+        optax.partition(rates, tree_of(lambda v: "ssm" if isinstance(v, SSMParam) else "other")),
+    )

@@ -1,0 +1,220 @@
+"""Windows against a brute-force construction; order, resume and coverage of the batches."""
+
+import itertools
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idattn.config import DataConfig
+from idattn.data.loader import TokenWindows, eval_batches, load_data, train_iterator
+
+BOS, VOCAB = 9, 10
+
+
+def make(lengths, seq_len, documents="reset", seed=0):
+    rng = np.random.default_rng(seed)
+    token_ids = [rng.integers(0, BOS, length) for length in lengths]
+    windows = TokenWindows(token_ids, bos_id=BOS, vocab_size=VOCAB, seq_len=seq_len, documents=documents)
+    return token_ids, windows
+
+
+def counting(num_windows, seq_len=2):
+    """Windows whose second input tells which one it is."""
+    ids = np.arange(num_windows * seq_len)
+    return TokenWindows([ids], bos_id=len(ids), vocab_size=len(ids) + 1, seq_len=seq_len)
+
+
+def order(batches, seq_len=2):
+    """The numbers of the windows of `counting` in the batches, in order."""
+    return [number for batch in batches for number in (batch["inputs"][:, 1] // seq_len).tolist()]
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def brute_force(token_ids, seq_len, reset):
+    """Windows built token by token from (token, document) pairs."""
+    stream = [(int(t), d) for d, ids in enumerate(token_ids) for t in [BOS, *ids]]
+    pairs = list(itertools.pairwise(stream))
+    windows = []
+    for start in range(0, len(pairs), seq_len):
+        rows = [
+            (token, target, d - pairs[start][0][1] if reset else 0, float(d == e or not reset))
+            for (token, d), (target, e) in pairs[start : start + seq_len]
+        ]
+        rows += [(0, 0, -1, 0.0)] * (seq_len - len(rows))
+        windows.append(
+            dict(zip(("inputs", "targets", "segment_ids", "loss_mask"), zip(*rows, strict=True), strict=True))
+        )
+    return windows
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.integers(1, 7), st.sampled_from(["reset", "ignore"]))
+def test_windows_equal_brute_force(lengths, seq_len, documents):
+    token_ids, windows = make(lengths, seq_len, documents)
+    expected = brute_force(token_ids, seq_len, documents == "reset")
+    assert len(windows) == len(expected)
+    for window, wanted in zip(windows, expected, strict=True):
+        assert {name: array.tolist() for name, array in window.items()} == {k: list(v) for k, v in wanted.items()}
+        assert [array.dtype for array in window.values()] == [np.int32, np.int32, np.int32, np.float32]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=5), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_every_token_is_a_target_once_an_epoch(lengths, seq_len, seed):
+    total = len(lengths) + sum(lengths)
+    ids = np.split(np.arange(1, total + 1), np.cumsum(lengths)[:-1])  # distinct tokens; what is left over goes unused
+    ids = [part[:length] for part, length in zip(ids, lengths, strict=True)]
+    windows = TokenWindows(ids, bos_id=0, vocab_size=total + 1, seq_len=seq_len, documents="ignore")
+    batches = take(train_iterator(windows, 1, seed), len(windows))
+    real = np.concatenate([batch["targets"][batch["loss_mask"] == 1] for batch in batches])
+    assert sorted(real.tolist()) == sorted([0] * (len(ids) - 1) + np.concatenate(ids).tolist())
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (65_537, np.uint32)])
+def test_stream_is_compact(vocab_size, dtype):
+    ids = np.array([0, vocab_size - 2])
+    windows = TokenWindows([ids], bos_id=vocab_size - 1, vocab_size=vocab_size, seq_len=2)
+    assert windows.stream.dtype == dtype
+    assert windows.stream.tolist() == [vocab_size - 1, 0, vocab_size - 2]
+
+
+def test_epochs_are_permutations_in_orders_of_their_own():
+    windows = counting(12)
+    iterator = train_iterator(windows, 4, 7)
+    epochs = [order(take(iterator, 3)) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert list(range(12)) not in epochs
+
+
+def test_batches_straddle_epochs_without_loss():
+    numbers = order(take(train_iterator(counting(5), 3, 0), 10))
+    assert all(sorted(numbers[first : first + 5]) == list(range(5)) for first in range(0, 30, 5))
+
+
+def test_order_is_a_function_of_the_seed():
+    first, again, other = (order(take(train_iterator(counting(11), 2, seed), 20)) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert first[11:22] != other[:11]  # the next seed is not the same run one epoch later
+
+
+def test_resume_from_state():
+    _, windows = make([13, 4, 22], 3)
+    iterator = train_iterator(windows, 5, 1)
+    take(iterator, 7)
+    state = iterator.get_state()
+    expected = take(iterator, 9)
+    resumed = train_iterator(windows, 5, 1)
+    next(resumed)  # what it had read ahead must not leak
+    resumed.set_state(state)
+    np.testing.assert_equal(take(resumed, 9), expected)
+
+
+def test_resume_from_orbax_checkpoint(tmp_path):
+    _, windows = make([13, 4, 22], 3)
+    iterator = train_iterator(windows, 5, 1)
+    take(iterator, 7)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        expected = take(iterator, 9)
+        resumed = train_iterator(windows, 5, 1)
+        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    assert resumed.get_state() == {"next_index": 7}
+    np.testing.assert_equal(take(resumed, 9), expected)
+
+
+class Endless(grain.IterDataset):
+    """The training iterator in the form that grain's own checkpoint test takes."""
+
+    def __iter__(self):
+        return train_iterator(counting(4), 3, 2)
+
+
+def test_resume_at_every_step():
+    grain.experimental.assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(Endless(), 5))
+
+
+@pytest.mark.parametrize("num_windows", [1, 6, 7])
+def test_eval_covers_everything_in_order(num_windows):
+    windows = counting(num_windows)
+    batches = list(eval_batches(windows, 3, 100))
+    assert len(batches) == -(-num_windows // 3)
+    assert all(batch["inputs"].shape == (3, 2) for batch in batches)
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    for name, array in joined.items():
+        np.testing.assert_array_equal(array[:num_windows], [window[name] for window in windows])
+        assert array.dtype == windows[0][name].dtype
+    assert (joined["segment_ids"][num_windows:] == -1).all()
+    assert not joined["loss_mask"][num_windows:].any()
+    assert joined["loss_mask"].sum() == len(windows.stream) - 1
+
+
+def test_eval_limit_takes_an_even_part():
+    batches = list(eval_batches(counting(103), 4, 5))
+    assert [len(batch["inputs"]) for batch in batches] == [4] * 5
+    numbers = order(batches)
+    assert set(np.diff(numbers)) == {5, 6}
+    assert numbers[0] == 0 and numbers[-1] >= 97
+    assert order(eval_batches(counting(103), 4, 5)) == numbers
+
+
+def test_load_data(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd")
+    (tmp_path / "b.txt").write_text("efg")
+    (tmp_path / "c.txt").write_text("hi")
+    tokenizer, train, validation = load_data(DataConfig(source=str(tmp_path), holdout=("b",), seq_len=4))
+    assert tokenizer.decode(train.stream) == "abcdhi"
+    assert validation.stream.tolist() == [256, *b"efg"]
+    assert train[1]["segment_ids"].tolist() == [0, 1, 1, -1]
+    assert train[1]["loss_mask"].tolist() == [0, 1, 1, 0]
+    ignoring = load_data(DataConfig(source=str(tmp_path), holdout=("b",), seq_len=4, documents="ignore"))[1]
+    assert ignoring[1]["segment_ids"].tolist() == [0, 0, 0, -1]
+    assert ignoring[1]["loss_mask"].tolist() == [1, 1, 1, 0]
+    assert ignoring[1]["targets"].tolist() == [256, *b"hi", 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": "rest"}, "documents='rest' is not known. Did you mean 'reset'"),
+        ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"bos_id": VOCAB}, "bos_id=10 must be at least 0 and below vocab_size=10"),
+        ({"token_ids": [np.array([1]), np.array([3, 10])]}, "document 1 has ids 3 to 10; they must be 0 to 9"),
+        ({"token_ids": [np.array([-1])]}, "document 0 has ids -1 to -1"),
+        ({"token_ids": []}, "0 documents make 0 tokens"),
+        ({"token_ids": [np.array([], np.int32)]}, "1 documents make 1 tokens"),
+    ],
+)
+def test_window_errors(changes, message):
+    arguments = {"token_ids": [np.array([1, 2])], "bos_id": BOS, "vocab_size": VOCAB, "seq_len": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        TokenWindows(**arguments)
+
+
+def test_window_index_errors():
+    windows = counting(3)
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match=f"window {index} is outside 0 to 2"):
+            windows[index]
+
+
+def test_batch_errors():
+    with pytest.raises(ValueError, match="has 3 windows, fewer than batch_size=4"):
+        train_iterator(counting(3), 4, 0)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        train_iterator(counting(3), 0, 0)
+    with pytest.raises(ValueError, match="seed=-1 at least 0"):
+        train_iterator(counting(3), 1, -1)
+    with pytest.raises(ValueError, match="batch_size=0 and limit=1 must be"):
+        eval_batches(counting(3), 0, 1)
+    with pytest.raises(ValueError, match="batch_size=1 and limit=0 must be"):
+        eval_batches(counting(3), 1, 0)

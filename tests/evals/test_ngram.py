@@ -1,0 +1,94 @@
+"""N-gram losses against a dictionary implementation, the axioms of probability, and the figures for real text."""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idattn.data import load_documents, split
+from idattn.evals.ngram import ngram_nats
+
+V = 3
+streams = st.lists(st.integers(0, V - 1), min_size=1, max_size=30)
+
+
+def witten_bell(train, validation, order):
+    """The docstring's recursion, one token at a time."""
+    counts = defaultdict(Counter)
+    for length in range(order):
+        for end in range(length, len(train)):
+            counts[tuple(train[end - length : end])][train[end]] += 1
+
+    def probability(word, context):
+        lower = probability(word, context[1:]) if context else 1 / V
+        after = counts[context]
+        if not after:
+            return lower
+        return (after[word] + len(after) * lower) / (after.total() + len(after))
+
+    contexts = [tuple(validation[max(0, i - order + 1) : i]) for i in range(1, len(validation))]
+    return -np.mean([math.log(probability(w, h)) for w, h in zip(validation[1:], contexts, strict=True)])
+
+
+@settings(deadline=None)
+@given(streams, st.lists(st.integers(0, V - 1), min_size=2, max_size=12))
+def test_equals_dictionary_implementation(train, validation):
+    expected = [witten_bell(train, validation, order) for order in range(1, 6)]
+    np.testing.assert_allclose(ngram_nats(np.array(train), np.array(validation), V, 5), expected, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(streams, st.integers(0, V - 1))
+def test_probabilities_sum_to_one(train, first):
+    """Over all continuations of length 4, at every order: also after contexts that training lacks."""
+    losses = [
+        ngram_nats(np.array(train), np.array([first, *rest]), V, 4) for rest in itertools.product(range(V), repeat=4)
+    ]
+    np.testing.assert_allclose(np.exp(-4 * np.array(losses)).sum(0), 1, rtol=1e-12)
+
+
+def test_streams_of_unsigned_types():
+    rng = np.random.default_rng(0)
+    train, validation = rng.integers(0, 200, 500), rng.integers(0, 200, 100)
+    expected = ngram_nats(train, validation, 200, 3)
+    for dtype in (np.uint8, np.uint16, np.uint64):
+        assert ngram_nats(train.astype(dtype), validation.astype(dtype), 200, 3) == expected
+
+
+def test_large_vocabulary_and_order():
+    """32,000^12 exceeds 64 bits; a repeated sequence becomes nearly certain once the context tells where it is."""
+    sequence = np.random.default_rng(0).integers(0, 32_000, 50)
+    nats = ngram_nats(np.tile(sequence, 20), sequence, 32_000, 12)
+    assert len(nats) == 12
+    assert nats[0] == pytest.approx(math.log(50), rel=0.05)
+    assert nats[11] < 0.01
+    assert all(later <= earlier for earlier, later in itertools.pairwise(nats))
+
+
+def test_austen():
+    """The three shortest orders on bytes; orders 4 and 5 give 1.570 and 1.400 (5 s)."""
+    parts = split(load_documents("austen"), ("persuasion",))
+    train, validation = (
+        np.frombuffer("".join(document.text for document in part).encode(), np.uint8) for part in parts
+    )
+    assert ngram_nats(train, validation, 257, 3) == pytest.approx([3.037, 2.387, 1.923], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "max_order", "message"),
+    [
+        ([0], [0, 1], 0, "max_order=0 must be at least 1"),
+        ([], [0, 1], 1, r"train has shape \(0,\); it must be one stream of at least 1"),
+        ([0], [1], 1, r"validation has shape \(1,\); it must be one stream of at least 2"),
+        ([[0, 1]], [0, 1], 1, r"train has shape \(1, 2\)"),
+        ([0, 3], [0, 1], 1, "train holds ids 0 to 3; with vocab_size=3 they must be 0 to 2"),
+        ([0], [-1, 1], 1, "validation holds ids -1 to 1"),
+    ],
+)
+def test_errors(train, validation, max_order, message):
+    with pytest.raises(ValueError, match=message):
+        ngram_nats(np.array(train), np.array(validation), V, max_order)

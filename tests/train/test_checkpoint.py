@@ -1,0 +1,370 @@
+import dataclasses
+import functools
+import logging
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from idattn.config import quickstart
+from idattn.train import checkpoint as checkpoint_lib
+from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
+
+CONFIG = quickstart()
+
+
+@functools.cache
+def make_state(seed=0, width=16):
+    """A state as the trainer has it: two parameter groups, masked weight decay, bfloat16 moments and empty nodes."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {
+        "embed": {"weight": jax.random.normal(keys[0], (32, width))},
+        "layers": {
+            0: {"ssm": {"log_delta": jax.random.normal(keys[1], (3,)), "scale": jax.random.normal(keys[2], ())}},
+            1: {"weight": jax.random.normal(keys[3], (width, 7))},
+        },
+    }
+    labels = {"embed": "matrices", "layers": {0: "ssm", 1: "matrices"}}
+    adamw = optax.adamw(
+        optax.cosine_decay_schedule(1e-3, 10),
+        mu_dtype=jnp.bfloat16,
+        mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.multi_transform({"matrices": adamw, "ssm": optax.adam(1e-3)}, labels)
+    )
+    opt_state = optimizer.init(params)
+    for _ in range(2):
+        updates, opt_state = optimizer.update(jax.tree.map(lambda x: x * 0.3, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return {"step": jnp.int32(seed), "params": params, "opt_state": opt_state}
+
+
+def make_data():
+    batches = grain.MapDataset.range(100).seed(3).shuffle().repeat().batch(3)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, jax.Array)
+        assert a.dtype == b.dtype
+        assert a.sharding == b.sharding
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def write_run(workdir, losses, **keep):
+    """Saves state `make_state(step)` at each step of `losses`; returns the batch that follows each step."""
+    data, following = make_data(), {}
+    with Checkpoints(workdir, **{"keep_latest": 5, "keep_best": 1, **keep}) as checkpoints:
+        for step, loss in losses.items():
+            next(data)
+            checkpoints.save(step, make_state(step), data, CONFIG, loss)
+            following[step] = next(iter_like(data)).tolist()
+    return following
+
+
+def iter_like(data):
+    """A second iterator at the position of `data`."""
+    copy = make_data()
+    copy.set_state(data.get_state())
+    return copy
+
+
+def resume(workdir):
+    """(step, state, next batch) of a new process that opens `workdir`, or None."""
+    data = make_data()
+    with Checkpoints(workdir, keep_latest=5, keep_best=1) as checkpoints:
+        restored = checkpoints.restore_latest(abstract(make_state()), data)
+    return restored and (*restored, next(data).tolist())
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").iterdir())
+
+
+def files(folder):
+    return sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    return workdir, write_run(workdir, {10: 2.0, 20: 1.5})
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    return tmp_path / "run", saved[1]
+
+
+def test_restores_state_and_data_exactly(run):
+    workdir, following = run
+    step, state, batch = resume(workdir)
+    assert step == 20
+    assert_same(state, make_state(20))
+    assert batch == following[20] != following[10]
+
+
+def test_new_run_has_nothing_to_restore(tmp_path):
+    assert resume(tmp_path / "new") is None
+
+
+def test_restores_onto_the_requested_sharding(run):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make_state())
+    with Checkpoints(run[0], keep_latest=5, keep_best=1) as checkpoints:
+        _, state = checkpoints.restore_latest(wanted, make_data())
+    assert all(x.sharding == sharding for x in jax.tree.leaves(state))
+
+
+def test_saved_state_may_be_donated_at_once(tmp_path):
+    state = jax.tree.map(jnp.copy, make_state(1))
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        checkpoints.save(1, state, make_data(), CONFIG)
+        jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    _, restored, _ = resume(tmp_path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, expected))
+
+
+def test_keeps_the_latest_and_the_best(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: None, 7: 1.5}
+    write_run(tmp_path, losses, keep_latest=2, keep_best=2)
+    assert steps(tmp_path) == [2, 6, 7]
+    with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
+        assert checkpoints.best_step() == 2
+        checkpoints.save(8, make_state(8), make_data(), CONFIG, 0.5)
+        checkpoints.save(9, make_state(9), make_data(), CONFIG)
+        assert checkpoints.best_step() == 8
+        with pytest.raises(ValueError, match="already exists"):
+            checkpoints.save(9, make_state(9), make_data(), CONFIG)
+    assert steps(tmp_path) == [2, 8, 9]
+
+
+def test_without_losses_only_the_latest_stay(tmp_path):
+    write_run(tmp_path, dict.fromkeys(range(1, 5)), keep_latest=2)
+    assert steps(tmp_path) == [3, 4]
+    with Checkpoints(tmp_path, keep_latest=2, keep_best=1) as checkpoints:
+        assert checkpoints.best_step() is None
+
+
+def flip_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "flipped": flip_bit,
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_no_damage_to_a_file_passes_silently(saved, tmp_path, kind):
+    """Every file in turn: restored exactly if the file does not matter, else the older checkpoint."""
+    workdir, following = saved
+    unimportant = set()
+    for count, file in enumerate(files(workdir / "checkpoints" / "20")):
+        copy = tmp_path / str(count)
+        shutil.copytree(workdir, copy)
+        DAMAGES[kind](copy / "checkpoints" / "20" / file)
+        step, state, batch = resume(copy)
+        assert_same(state, make_state(step))
+        assert batch == following[step]
+        if step == 20:
+            unimportant.add(str(file))
+        assert (copy / "broken" / "20").is_dir() == (step == 10)
+        assert steps(copy) == ([10] if step == 10 else [10, 20])
+    assert unimportant == {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax's notes on the checkpoint as a whole
+
+
+@pytest.mark.parametrize("item", ["state", "data", "config", "metrics", "state/ocdbt.process_0", "state/d"])
+def test_missing_folder(run, item, caplog):
+    workdir, following = run
+    shutil.rmtree(workdir / "checkpoints" / "20" / item)
+    with caplog.at_level(logging.WARNING, logger="idattn.train.checkpoint"):
+        step, state, batch = resume(workdir)
+    assert step == 10
+    assert batch == following[10]
+    assert_same(state, make_state(10))
+    (warning,) = caplog.messages
+    assert f"20/{item}/" in warning
+    assert f"moved to {workdir / 'broken' / '20'}: " in warning
+    assert warning.endswith(" is missing.")
+
+
+def test_orbax_alone_does_not_notice_a_flipped_bit(tmp_path):
+    """The reason for the manifest: when this fails, Orbax verifies arrays itself and the manifest may go."""
+    state = {"weight": jax.random.normal(jax.random.key(0), (64, 64))}
+    save_aside(tmp_path, "state", state)
+    flip_bit(max((tmp_path / "state" / file for file in files(tmp_path / "state")), key=lambda f: f.stat().st_size))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "state", abstract(state))
+    assert not np.array_equal(restored["weight"], state["weight"])
+
+
+def test_training_continues_after_damage(run):
+    """The damaged step is saved anew, damaged again, and both broken versions are kept."""
+    workdir, _ = run
+    for name in ("20", "20-1"):
+        (workdir / "checkpoints" / "20" / "manifest.json").unlink()
+        data = make_data()
+        with Checkpoints(workdir, keep_latest=5, keep_best=1) as checkpoints:
+            assert checkpoints.restore_latest(abstract(make_state()), data)[0] == 10
+            checkpoints.save(20, make_state(20), data, CONFIG, 1.0)
+        assert (workdir / "broken" / name / "state").is_dir()
+    assert resume(workdir)[0] == 20
+
+
+def test_damaged_loss_of_an_older_checkpoint(run):
+    workdir, _ = run
+    (workdir / "checkpoints" / "10" / "metrics" / "metrics").write_text('{"val_l')
+    assert resume(workdir)[0] == 20
+    assert steps(workdir) == [20]
+    assert (workdir / "broken" / "10").is_dir()
+
+
+def test_all_damaged_is_an_error_that_moves_nothing(run):
+    workdir, _ = run
+    for step in ("10", "20"):
+        (workdir / "checkpoints" / step / "data" / "process_0-of-1.json").unlink()
+    for _ in range(2):  # a scheduler that restarts the job must not get further
+        with pytest.raises(RuntimeError, match=r"No checkpoint in .* is valid: .*20.*missing; .*10.*missing"):
+            resume(workdir)
+    assert steps(workdir) == [10, 20]
+
+
+def test_interrupted_save_is_ignored(run):
+    workdir, following = run
+    half = workdir / "checkpoints" / "30.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "20", half)
+    (half / "manifest.json").unlink()
+    assert load_params(workdir)[2] == 20
+    data = make_data()
+    with Checkpoints(workdir, keep_latest=5, keep_best=1) as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state()), data)[0] == 20
+        assert next(data).tolist() == following[20]
+        checkpoints.save(30, make_state(30), data, CONFIG)
+    assert steps(workdir) == [10, 20, 30]
+    assert_same(resume(workdir)[1], make_state(30))
+
+
+def test_failed_save_is_an_error_and_leaves_the_older(run, monkeypatch):
+    workdir, _ = run
+
+    def full(file):
+        raise OSError("No space left on device")
+
+    checkpoints = Checkpoints(workdir, keep_latest=1, keep_best=0)
+    monkeypatch.setattr(checkpoint_lib, "_sha256", full)
+    checkpoints.save(30, make_state(30), make_data(), CONFIG)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.__exit__()
+    monkeypatch.undo()
+    assert resume(workdir)[0] == 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: make_state(width=8),
+        lambda state: {**state, "extra": jnp.zeros(3)},
+        lambda state: {key: value for key, value in state.items() if key != "step"},
+        lambda state: {**state, "step": jnp.float32(0)},
+    ],
+)
+def test_another_structure_is_the_callers_error(run, change):
+    workdir, _ = run
+    with (
+        Checkpoints(workdir, keep_latest=5, keep_best=1) as checkpoints,
+        pytest.raises(ValueError, match=r"another structure.*(embed.weight|extra|step): .* stored, .* wanted"),
+    ):
+        checkpoints.restore_latest(abstract(change(make_state())), make_data())
+    assert steps(workdir) == [10, 20]
+    assert not (workdir / "broken").exists()
+
+
+def test_same_run(tmp_path):
+    workdir = tmp_path / "run"
+    check_same_run(workdir, CONFIG)
+    check_same_run(workdir, CONFIG)
+    check_same_run(workdir, dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, log_every=3)))
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    other = dataclasses.replace(CONFIG, seed=7, model=dataclasses.replace(CONFIG.model, mixers=("softmax",)))
+    with pytest.raises(ValueError, match="--init_from") as error:
+        check_same_run(workdir, other)
+    assert f"seed: {CONFIG.seed} there, 7 now" in str(error.value)
+    assert "model.mixers: ('interdomain',) there, ('softmax',) now" in str(error.value)
+    assert "model_dim" not in str(error.value)
+
+
+def string_keys(tree):
+    return {str(k): string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def test_load_params(run):
+    workdir, _ = run
+    write_run(workdir, {30: 1.8})
+    for path, which, step in [
+        (workdir, "latest", 30),
+        (workdir, "best", 20),
+        (str(workdir), 10, 10),
+        (workdir / "checkpoints" / "10", "latest", 10),
+    ]:
+        config, params, loaded = load_params(path, which)
+        assert loaded == step
+        assert config == CONFIG
+        assert_same(params, string_keys(make_state(step)["params"]))
+
+
+def test_load_params_does_not_read_the_optimiser(run, monkeypatch):
+    seen = []
+    original = ocp.PyTreeCheckpointer.restore
+
+    def restore(self, directory, *, args):
+        seen.append(original(self, directory, args=args))
+        return seen[-1]
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", restore)
+    load_params(run[0])
+    assert set(seen[0]) == {"params"}
+
+
+def test_load_params_errors(run, tmp_path):
+    workdir, _ = run
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_params(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor"):
+        load_params(tmp_path)
+    for which in (15, "worst"):
+        with pytest.raises(ValueError, match=rf"which={which!r} .* \[10, 20\]"):
+            load_params(workdir, which)
+    for step in steps(workdir):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "metrics")
+    with pytest.raises(FileNotFoundError, match="validation loss"):
+        load_params(workdir, "best")
+    with pytest.raises(ValueError, match=r"damaged: .*metrics.* missing"):
+        load_params(workdir)
+
+
+def test_save_aside(tmp_path):
+    for seed in (1, 2):
+        save_aside(tmp_path, "nan_state", make_state(seed))
+    with ocp.StandardCheckpointer() as checkpointer:
+        assert_same(checkpointer.restore(tmp_path / "nan_state", abstract(make_state())), make_state(2))
