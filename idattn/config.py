@@ -245,13 +245,13 @@ def quickstart() -> Config:
             vocab_size=257, model_dim=128, num_layers=4, num_heads=4, mlp_dim=384, ssm=SSMConfig(num_modes=32)
         ),
         data=DataConfig(seq_len=256),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=40, final_lr=1e-4),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=20, final_lr=1e-4),
         train=TrainConfig(
-            steps=400,
+            steps=220,
             batch_size=16,
-            eval_every=100,
+            eval_every=55,
             eval_batches=16,
-            checkpoint_every=100,
+            checkpoint_every=55,
             ngram_orders=5,
             sample_prompt="It was a truth",
         ),

@@ -255,4 +255,6 @@ def _state_dtype(basis: Basis, *inputs: jax.Array):
 
 def _cast(basis: Basis, dtype) -> Basis:
     """The basis in the state's dtype; complex parts keep their kind."""
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype), basis)
+    return jax.tree.map(
+        lambda x: x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype), basis
+    )

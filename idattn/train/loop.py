@@ -59,8 +59,8 @@ class _Run:
         self.tokenizer, self.train_windows, self.val_windows = load_data(config.data)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
-                f"model.vocab_size={config.model.vocab_size} must be at least the {self.tokenizer.vocab_size} tokens of "
-                f"the tokenizer {config.data.tokenizer!r}."
+                f"model.vocab_size={config.model.vocab_size} must be at least the {self.tokenizer.vocab_size} tokens "
+                f"of the tokenizer {config.data.tokenizer!r}."
             )
         check_same_run(workdir, config)
         self.trainer = Trainer(config)
@@ -81,6 +81,8 @@ class _Run:
                 + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
             )
             with MetricsWriter(self.workdir, start) as self.writer:
+                history = read_metrics(self.workdir / "metrics.jsonl")
+                self.best = min((row["val_loss"] for row in history if "val_loss" in row), default=self.best)
                 state = self._steps(start, state, checkpoints)
                 if start == settings.steps:
                     self._evaluate(state)
