@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from idattn.ops.product import product
+
 
 def cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array, *, chunk: int
@@ -34,7 +36,7 @@ def cross_entropy(
     def add(total, tokens):
         x, target, weight = tokens
         # Cast inside, so that the head's gradient is summed over chunks in float32.
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=dtype)
+        logits = product("nd,dv->nv", x, head, x.dtype)
         right = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - right)), None
 

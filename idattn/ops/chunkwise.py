@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, powers
+from idattn.ops.product import product
 from idattn.ops.segments import PADDING, last_token, run_index
 
 
@@ -119,20 +120,11 @@ def _find_runs(segment_ids: jax.Array, K: int) -> _Runs:
     )
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """A product of operands rounded to `dtype`, accumulated in float32 or better."""
-    accumulated = jnp.promote_types(dtype, jnp.float32)
-    precision = "default" if dtype == jnp.bfloat16 else "highest"
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=accumulated
-    )
-
-
 def _start_states(z, tables: _Tables, initial_state, runs) -> jax.Array:
     """The states at the chunks' starts, (N, B, G, 2, M, R + E), from z (B, G, N, K, R + E)."""
     if runs is not None:
         z = jnp.where(runs.end, z, 0)
-    own = _product("bgnsw,gsm->nbgmw", z, tables.lags[:, ::-1], z.dtype)
+    own = product("bgnsw,gsm->nbgmw", z, tables.lags[:, ::-1], z.dtype)
     own = own.reshape(own.shape[0], *initial_state.shape).astype(initial_state.dtype)
     decay = tables.rotations[:, -1, ..., None]  # lambda^K, (G, 2, M, 1)
 
@@ -170,23 +162,23 @@ def _read_chunks(q, z, starts, tables: _Tables, readout_matrix, runs, *, R: int)
     k, v = z[..., :R], z[..., R:]
     state = starts.reshape(*starts.shape[:3], -1, starts.shape[-1])  # (N, B, G, 2M, R + E)
 
-    scores = _product("bgnjtr,bgnsr->bgnjts", q, k, dtype)
+    scores = product("bgnjtr,bgnsr->bgnjts", q, k, dtype)
     if runs is not None:
         scores = jnp.where(runs.within, scores, 0)
-    y = _product("bgnjtl,glm->bgnjtm", _skew(scores), tables.lags, dtype)
-    carried = _rotate(_product("bgnjtr,nbgmr->bgnjtm", q, state[..., :R], dtype), tables.rotations)
+    y = product("bgnjtl,glm->bgnjtm", _skew(scores), tables.lags, dtype)
+    carried = _rotate(product("bgnjtr,nbgmr->bgnjtm", q, state[..., :R], dtype), tables.rotations)
     y = y + (carried if runs is None else jnp.where(runs.start, carried, 0))
 
-    w = real_part(_product("bgnjtm,gom->bgnjto", y, readout_matrix, dtype))
+    w = real_part(product("bgnjtm,gom->bgnjto", y, readout_matrix, dtype))
 
-    weights = _skew(_product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype))
+    weights = _skew(product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype))
     if runs is not None:
         weights = jnp.where(runs.within, weights, 0)
-    o = _product("bgnjts,bgnse->bgnjte", weights, v, dtype)
+    o = product("bgnjts,bgnse->bgnjte", weights, v, dtype)
     # Re(w lambda x) with the sign of Re already on w, hence the conjugate rotation.
     turned = _rotate(w, tables.rotations * jnp.asarray([1, -1], w.dtype)[:, None])
     turned = turned if runs is None else jnp.where(runs.start, turned, 0)
-    return (o + _product("bgnjtm,nbgme->bgnjte", turned, state[..., R:], dtype)).astype(dtype)
+    return (o + product("bgnjtm,nbgme->bgnjte", turned, state[..., R:], dtype)).astype(dtype)
 
 
 def _convolve_chunks(z, starts, tables: _Tables, folded, runs) -> jax.Array:
@@ -196,16 +188,16 @@ def _convolve_chunks(z, starts, tables: _Tables, folded, runs) -> jax.Array:
     kernel = jnp.einsum("gm,glm->gl", folded, tables.lags, precision="highest")
     toeplitz = _skew(jnp.broadcast_to(kernel[:, None], (kernel.shape[0], K, K)))
     if runs is None:
-        y = _product("gts,bgnsw->bgntw", toeplitz, z, dtype)
+        y = product("gts,bgnsw->bgntw", toeplitz, z, dtype)
     else:
-        y = _product("bgnts,bgnsw->bgntw", jnp.where(runs.within[:, :, :, 0], toeplitz[:, None], 0), z, dtype)
+        y = product("bgnts,bgnsw->bgntw", jnp.where(runs.within[:, :, :, 0], toeplitz[:, None], 0), z, dtype)
     # Re(c_out^T C lambda^{t+1} X): the folded row already carries the sign of the real part.
     rows = multiply(
         folded.reshape(-1, 1, 2, folded.shape[-1] // 2),
         tables.rotations * jnp.asarray([1, -1], folded.dtype)[:, None],
     )
     state = starts.reshape(*starts.shape[:3], -1, starts.shape[-1])
-    carried = _product("gtm,nbgmw->bgntw", rows.reshape(*rows.shape[:2], -1), state, dtype)
+    carried = product("gtm,nbgmw->bgntw", rows.reshape(*rows.shape[:2], -1), state, dtype)
     return (y + (carried if runs is None else jnp.where(runs.start[:, :, :, 0], carried, 0))).astype(dtype)
 
 
@@ -222,6 +214,6 @@ def _final_state(z, starts, tables: _Tables, initial_state, runs, segment_ids, T
         in_state &= runs.within[rows, 0, chunk, 0, offset]
         carried = jnp.where(runs.start[rows, 0, chunk, 0, offset][..., None, None, None], carried, 0)
     weights = jnp.where(in_state[..., None], tables.lags[:, jnp.maximum(lag, 0)], 0)  # (G, B, K, 2M)
-    own = _product("gbsm,bgsw->bgmw", weights, z[rows, :, chunk], z.dtype)
+    own = product("gbsm,bgsw->bgmw", weights, z[rows, :, chunk], z.dtype)
     state = carried + own.reshape(initial_state.shape)
     return jnp.where((last >= 0)[:, None, None, None, None], state, initial_state)

@@ -1,0 +1,101 @@
+"""The decoder: stacking, hybrids, rematerialisation, carried state, precision."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_close
+
+from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn import LanguageModel
+from idattn.nn.lm import Block
+
+COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
+HYBRID = ("interdomain", "softmax", "s4d")
+
+
+def make(*mixers, compute=COMPUTE, **changes):
+    return LanguageModel(ModelConfig.tiny(*mixers, **changes), compute, rngs=nnx.Rngs(0))
+
+
+def tokens(T=11):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 37, (2, T)))
+
+
+def test_scanned_layers_equal_a_loop_over_them():
+    model = make(*HYBRID, num_layers=6)
+    x = model.embedding[...][tokens()]
+    graphdef, params = nnx.split(model.groups)
+    for i in range(2):
+        group = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
+        assert [type(b) for b in group.blocks] == [Block] * 3
+        for block in group.blocks:
+            x, _ = block(x, None, None)
+    expected = model.final_norm(x) @ model.head.weight[...]
+    assert_close(model(tokens())[0], expected, "float32", reduction=12)
+    first, second = (jax.tree.map(lambda p, i=i: p[i], params) for i in range(2))
+    weights = (g["block_0"]["mixer"]["first"]["weight"][...] for g in (first, second))
+    assert not np.array_equal(*weights)  # every repetition has its own parameters
+
+
+@pytest.mark.parametrize("mixers", [("interdomain",), ("softmax",), HYBRID])
+def test_random_splits_carry_the_state(mixers):
+    model, ids = make(*mixers), tokens()
+    whole, _ = model(ids)
+    for cuts in ((), (1,), (4, 5), (3, 7, 8)):
+        state, parts = model.init_state(2, 11), []
+        for piece in jnp.split(ids, cuts, axis=1):
+            logits, state = model(piece, state=state)
+            parts.append(logits)
+        assert_close(jnp.concatenate(parts, axis=1), whole, "float32", reduction=12 * 11)
+
+
+def test_init_follows_the_recipe():
+    config = ModelConfig(vocab_size=500, model_dim=128, num_layers=8, num_heads=4, mlp_dim=256)
+    model = LanguageModel(config, COMPUTE, rngs=nnx.Rngs(0))
+    block = model.groups.block_0
+    for weight, std in (
+        (model.embedding, 0.02),
+        (model.head.weight, 0.02),
+        (block.mixer.first.weight, 0.02),
+        (block.mlp.up.weight, 0.02),
+        (block.mixer.output.weight, 0.02 / 4),  # sqrt(2 L) = 4
+        (block.mlp.down.weight, 0.02 / 4),
+    ):
+        assert abs(np.std(weight[...]) / std - 1) < 0.02
+        assert weight.dtype == jnp.float32
+
+
+def test_bfloat16_computes_close_to_float32():
+    ids = tokens(40)
+    exact, _ = make(*HYBRID)(ids)
+    model = make(*HYBRID, compute=dataclasses.replace(COMPUTE, dtype="bfloat16"))
+    hidden, state = model.hidden(ids, state=model.init_state(2, 40))
+    assert hidden.dtype == jnp.bfloat16
+    assert state[0].state.dtype == jnp.float32
+    logits, _ = model(ids)
+    assert logits.dtype == jnp.float32
+    error = np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2))
+    assert 1e-5 < error < 0.02
+
+
+def test_remat_recomputes_and_changes_no_number():
+    config = dict(vocab_size=37, model_dim=64, num_layers=6, num_heads=2, mlp_dim=256)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 37, (4, 128)))
+    gradients, memory = [], []
+    for remat in ("none", "block"):
+        model = LanguageModel(ModelConfig(**config), dataclasses.replace(COMPUTE, remat=remat), rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model)
+
+        def loss(params, graphdef=graphdef):
+            return jnp.mean(nnx.merge(graphdef, params)(ids)[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        gradients.append(jax.tree.leaves(compiled(params)))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    for a, b in zip(*gradients, strict=True):
+        assert_close(b, a, "float32", reduction=512, gradient=True)
+    assert memory[1] < 0.7 * memory[0]

@@ -1,0 +1,219 @@
+"""The five mixers: against the oracle, causal, the same token by token, and deaf across documents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from helpers import assert_close
+
+from idattn.config import MIXERS, ComputeConfig, ModelConfig, SSMConfig
+from idattn.nn import InterdomainAttention, LanguageModel, SoftmaxAttention, SSMMixer
+from idattn.nn.layers import SSMParam
+
+COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
+B, T, D = 2, 11, 12
+
+
+def make_mixer(name, **ssm):
+    config = ModelConfig.tiny(name, ssm=SSMConfig(num_modes=5, **ssm))
+    kind = MIXERS[name]
+    if kind.softmax:
+        return SoftmaxAttention(config, residual_std=0.5, rngs=nnx.Rngs(1))
+    mixer = SSMMixer(config, kind, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
+    for value in (mixer.first_norm, mixer.second_norm):
+        value.bias[...] = jax.random.normal(jax.random.key(3), value.bias.shape)
+    return mixer
+
+
+def inputs(seed=0, length=T):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(B, length, D)), jnp.float32)
+
+
+def token_by_token(mixer, x):
+    state, outputs = mixer.init_state(B, x.shape[1], x.dtype), []
+    for t in range(x.shape[1]):
+        y, state = mixer(x[:, t : t + 1], state=state)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in MIXERS.items() if not kind.softmax])
+@pytest.mark.parametrize("gate", [False, True])
+def test_ssm_mixers_equal_their_definition(name, gate):
+    """The whole mixer in numpy: projections, convolutions, RoPE, feature map, norms, the oracle's recurrence, output."""
+    mixer, x, kind = make_mixer(name, output_gate=gate), inputs(), MIXERS[name]
+    state = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
+    z = np.asarray(x, np.float64)
+    positions = np.arange(T)[:, None, None]
+
+    def convolve(name, y):
+        taps, padded = state[f"{name}_conv"]["taps"], np.concatenate([np.zeros((B, 3, y.shape[-1])), y], 1)
+        return state[f"{name}_conv"]["bias"] + sum(taps[i] * padded[:, i : i + T] for i in range(4))
+
+    def prepare(y, mapped):
+        y = y.reshape(B, T, 2, 6)
+        if kind.rope:
+            turn = np.exp(1j * positions * 10_000.0 ** (-np.arange(3) / 3))
+            turned = (y[..., :3] + 1j * y[..., 3:]) * turn
+            y = np.concatenate([turned.real, turned.imag], -1)
+        if mapped:
+            y = silu(y) / np.sqrt((silu(y) ** 2).sum(-1, keepdims=True) + 1e-6)
+        return y
+
+    def normalise(name, y):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * state[name]["scale"] + state[name]["bias"]
+
+    first = convolve("first", z @ state["first"]["weight"])
+    second = z @ state["second"]["weight"]
+    second = second if kind.feature_map else convolve("second", second)
+    k = normalise("first_norm", prepare(first, kind.feature_map))
+    v = normalise("second_norm", second.reshape(B, T, 2, 6))
+    basis = state["basis"]
+    case = {name: basis[name] for name in ("log_delta", "a_log", "a_imag")}
+    case |= {"c_re": basis["c"][0], "c_im": basis["c"][1]}
+    ids = np.zeros((B, T), np.int32)
+    if kind.query_readout:
+        q = prepare(convolve("query", z @ state["query"]["weight"]), True)
+        o, _ = oracles.forward(case | {"q": q, "k": k, "v": v}, ids, "transpose")
+    else:
+        o, _ = oracles.linear_forward(case | {"z": np.concatenate([k, v], -1), "c_out": state["c_out"]}, ids)
+    o = o.reshape(B, T, -1)
+    if gate:
+        o = silu(z @ state["gate"]["weight"]) * o
+    y, _ = mixer(x)
+    assert_close(y, o @ state["output"]["weight"], "float32", reduction=T * D)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_causal_by_gradient(name):
+    """Outputs depend on no later token, and on every earlier one."""
+    mixer, t = make_mixer(name), 6
+    gradient = jax.grad(lambda x: jnp.sum(mixer(x)[0][:, t] ** 2))(inputs())
+    size = np.abs(gradient).max(axis=(0, 2))
+    assert (size[t + 1 :] == 0).all()
+    assert (size[: t + 1] > 0).all()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_token_by_token_equals_whole(name):
+    mixer, x = make_mixer(name), inputs()
+    whole, final = mixer(x, state=mixer.init_state(B, T, x.dtype))
+    steps, stepped = token_by_token(mixer, x)
+    assert_close(steps, whole, "float32", reduction=T * D)
+    for a, b in zip(jax.tree.leaves(stepped), jax.tree.leaves(final), strict=True):
+        assert_close(a, b, "float32", reduction=T * D)
+    assert_close(whole, mixer(x)[0], "float32", reduction=T * D)
+
+
+SSM_OPTIONS = [
+    {"readout": "hermitian"},
+    {"readout": "real"},
+    {"c": "diagonal"},
+    {"c": "identity"},
+    {"c_init": "eye"},
+    {"heads_per_kv": 2},
+    {"rope_position": "after"},
+    {"output_gate": True},
+    {"conv_width": 1},
+    {"norm_bias_init": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", SSM_OPTIONS, ids=str)
+def test_options_change_the_layer_and_keep_its_modes_equal(options):
+    layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(1), compute=COMPUTE, num_modes=5, **options)
+    plain = InterdomainAttention(D, 2, rngs=nnx.Rngs(1), compute=COMPUTE, num_modes=5)
+    x = inputs()
+    y, _ = layer(x)
+    assert not np.allclose(y, plain(x)[0], rtol=1e-2)
+    assert_close(token_by_token(layer, x)[0], y, "float32", reduction=T * D)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_documents_do_not_leak(name):
+    """Packed documents equal each by itself bit for bit in what they see; without ids they do not."""
+    model = LanguageModel(ModelConfig.tiny(name), COMPUTE, rngs=nnx.Rngs(0))
+    first, other, second = (jnp.asarray(np.random.default_rng(s).integers(0, 37, (B, 7))) for s in range(3))
+    ids = jnp.asarray([[0] * 7 + [1] * 7, [3] * 7 + [0] * 7])
+
+    def logits(document, segment_ids):
+        return model(jnp.concatenate([document, second], axis=1), segment_ids=segment_ids)[0][:, 7:]
+
+    np.testing.assert_array_equal(logits(first, ids), logits(other, ids))
+    assert (np.abs(logits(first, None) - logits(other, None)).max(axis=-1) > 0).all()
+    assert_close(logits(first, ids), model(second)[0], "float32", reduction=T * D)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_follows_the_last_token_that_is_not_padding(name):
+    """Ragged rows: a right-padded batch goes on exactly as each row by itself would."""
+    mixer, x, more = make_mixer(name), inputs(), inputs(1, 3)
+    lengths = (5, 8)
+    ids = jnp.where(jnp.arange(T) < jnp.asarray(lengths)[:, None], 0, -1)
+    poisoned = jnp.where(ids[..., None] < 0, 1e4, x)
+    padded, state = mixer(poisoned, segment_ids=ids, state=mixer.init_state(B, T + 3, x.dtype))
+    after, _ = mixer(more, state=state)
+    for b, n in enumerate(lengths):
+        row = jnp.concatenate([x[b : b + 1, :n], more[b : b + 1]], axis=1)
+        alone, _ = mixer(row)
+        assert_close(padded[b, :n], alone[0, :n], "float32", reduction=T * D)
+        assert_close(after[b], alone[0, n:], "float32", reduction=T * D)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_reset_in_a_later_call_forgets_the_state(name):
+    mixer, x, more = make_mixer(name), inputs(), inputs(1, 6)
+    _, state = mixer(x, state=mixer.init_state(B, T + 6, x.dtype))
+    ids = jnp.asarray([[0, 0, 1, 1, 1, 1]] * B)
+    y, state = mixer(more, segment_ids=ids, state=state)
+    continued, _ = mixer(jnp.concatenate([x, more], axis=1))
+    assert_close(y[:, :2], continued[:, T : T + 2], "float32", reduction=T * D)
+    anew, _ = mixer(jnp.concatenate([more[:, 2:], x], axis=1))
+    assert_close(y[:, 2:], anew[:, :4], "float32", reduction=T * D)
+    assert_close(mixer(x, state=state)[0], anew[:, 4:], "float32", reduction=T * D)
+
+
+def test_query_heads_that_share_a_state():
+    """heads_per_kv = H gives a single state, an H-th of the recurrent memory."""
+    layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), compute=COMPUTE, num_modes=5, heads_per_kv=2)
+    _, state = layer(inputs())
+    assert state.state.shape == (B, 1, 2, 5, 12)
+    with pytest.raises(ValueError, match="heads_per_kv=2 needs a readout by queries"):
+        make_mixer("s4d", heads_per_kv=2)
+
+
+def test_backends_agree_in_the_layer():
+    x = inputs()
+    layers = (
+        InterdomainAttention(
+            D, 2, rngs=nnx.Rngs(0), num_modes=5, compute=dataclasses.replace(COMPUTE, backend=b, chunk_size=k)
+        )
+        for b, k in (("recurrent", 4), ("chunkwise", 4), ("chunkwise", 3))
+    )
+    first, *others = (layer(x)[0] for layer in layers)
+    for other in others:
+        assert_close(other, first, "float32", reduction=T * D)
+
+
+def test_bad_sizes_of_the_layer():
+    with pytest.raises(ValueError, match="num_heads=5 must divide model_dim=12"):
+        InterdomainAttention(12, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="head_dim=3 .* must be even"):
+        InterdomainAttention(12, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="modes"):
+        InterdomainAttention(12, 2, rngs=nnx.Rngs(0), modes=3)
+
+
+def test_parameters_of_the_layer_are_marked_for_their_group():
+    layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), num_modes=5)
+    marked = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, SSMParam))}
+    norms = {f"{n}_norm.{p}" for n in ("first", "second") for p in ("scale", "bias")}
+    assert marked == norms | {f"basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}

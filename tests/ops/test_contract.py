@@ -1,0 +1,500 @@
+"""The contract of the core ops, for every backend: numbers against the float64 oracle, algebra, and refusals."""
+
+import contextlib
+import dataclasses
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step, step
+
+BACKENDS = ("recurrent", "chunkwise")
+SIZES = dict(H=4, G=2, R=4, E=3, M=5)
+PADDING = helpers.PADDING
+# Compiling takes nearly all of this file's time, and half of it so.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One compilation of the op and its cotangents; every pattern of segments runs through it."""
+
+    T: int
+    K: int
+    B: int
+    readout: str
+    c: str  # "full", "diagonal" or "identity"
+    planes: bool  # c as a pair of real planes rather than a complex array
+    given: bool  # whether segment ids and an initial state are passed at all
+
+    def __str__(self):
+        kind = self.c + ("_planes" if self.planes else "")
+        return f"T{self.T}-K{self.K}-B{self.B}-{self.readout}-{kind}-{'segments' if self.given else 'plain'}"
+
+
+SHAPES = [
+    Shape(1, 4, 3, "hermitian", "diagonal", True, False),
+    Shape(3, 4, 1, "transpose", "identity", True, True),
+    Shape(4, 4, 3, "real", "full", False, True),
+    Shape(5, 4, 1, "hermitian", "full", False, True),
+    Shape(17, 4, 3, "transpose", "full", True, True),
+    Shape(9, 8, 3, "transpose", "diagonal", False, False),
+]
+FLOAT64 = [("chunkwise", shape) for shape in SHAPES] + [("recurrent", shape) for shape in SHAPES[2:5]]
+
+
+def cast(case, dtype):
+    """The case as jax arrays: inputs in dtype, parameters and state in float32 or better; needs x64 for float64."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return {name: jnp.asarray(x, dtype if name in ("q", "k", "v", "z") else wide) for name, x in case.items()}
+
+
+def rounded(case, dtype):
+    """The case as the op sees it, back in float64 for the oracle."""
+    return {name: np.asarray(x).astype(np.float64) for name, x in cast(case, dtype).items()}
+
+
+def precision(dtype):
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+def basis_of(case, planes=True):
+    c = None
+    if "c_re" in case:
+        c = (case["c_re"], case["c_im"]) if planes else case["c_re"] + 1j * case["c_im"]
+    return Basis(log_delta=case["log_delta"], a_log=case["a_log"], a_imag=case["a_imag"], c=c)
+
+
+@functools.cache
+def attention(backend, chunk_size, readout, planes=True):
+    """(case, segment_ids) -> (o, state)."""
+
+    def function(case, segment_ids=None):
+        return interdomain_attention(
+            case["q"],
+            case["k"],
+            case["v"],
+            basis_of(case, planes),
+            backend=backend,
+            chunk_size=chunk_size,
+            segment_ids=segment_ids,
+            initial_state=case.get("initial_state"),
+            return_state=True,
+            readout=readout,
+        )
+
+    return function
+
+
+@functools.cache
+def linear(backend, chunk_size, planes=True):
+    """(case, segment_ids) -> (y, state) of the linear readout."""
+
+    def function(case, segment_ids=None):
+        return linear_readout(
+            case["z"],
+            basis_of(case, planes),
+            case["c_out"],
+            backend=backend,
+            chunk_size=chunk_size,
+            segment_ids=segment_ids,
+            initial_state=case.get("initial_state"),
+            return_state=True,
+        )
+
+    return function
+
+
+@functools.cache
+def quick(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+@functools.cache
+def with_cotangents(function, quickly):
+    """Jitted (case, segment_ids, (g_o, g_state)) -> ((o, state), cotangents of the case)."""
+
+    def both(case, segment_ids, g):
+        outputs, pullback = jax.vjp(lambda case: function(case, segment_ids), case)
+        return outputs, pullback(jax.tree.map(lambda g, x: g.astype(x.dtype), g, outputs))[0]
+
+    return quick(both) if quickly else jax.jit(both)
+
+
+def compare(function, case, dtype, segment_ids, expected, g, adjoint, check, quickly):
+    """Run function and its cotangents in dtype and hand every array beside the oracle's to check(name, ...)."""
+    with precision(dtype):
+        poisoned = case if segment_ids is None else helpers.with_nan_padding(case, segment_ids)
+        ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        outputs, actual = with_cotangents(function, quickly)(cast(poisoned, dtype), ids, jax.tree.map(jnp.asarray, g))
+    o, state = outputs
+    assert o.dtype == dtype
+    assert state.dtype == np.promote_types(np.float32, o.dtype)
+    assert adjoint.keys() == actual.keys()
+    check("outputs", o, expected[0], False)
+    check("state", state, expected[1], False)
+    for name in adjoint:
+        check(name, actual[name], adjoint[name], True)
+    if segment_ids is not None:
+        for name, x in {
+            "outputs": o,
+            **{name: actual[name] for name in actual if name in ("q", "k", "v", "z")},
+        }.items():
+            assert not np.asarray(x)[segment_ids == PADDING].any(), f"{name} is not zero at padding"
+
+
+def judge(function, case, readout, dtype, segment_ids, rng, check, quickly=True):
+    """Compare a function of an interdomain case (or, readout None, of a linear one) with the oracle."""
+    case = rounded(case, dtype) if dtype != "float64" else case
+    forward, adjoint = oracles.linear_forward, oracles.linear_cotangents
+    if readout is not None:
+        forward, adjoint = (functools.partial(f, readout=readout) for f in (oracles.forward, oracles.cotangents))
+    expected = forward(case, segment_ids=segment_ids)
+    # Random bits that every dtype holds exactly, so that the oracle and the op start from the same cotangents.
+    g = tuple(rng.integers(-64, 65, x.shape).astype(np.float32) / 64 for x in expected)
+    adjoint = adjoint(case, g_state=g[1], segment_ids=segment_ids, **{"g_o" if readout else "g_y": g[0]})
+    compare(function, case, dtype, segment_ids, expected, g, adjoint, check, quickly)
+
+
+def close(dtype, reduction):
+    """A check of `compare` by the tolerance table."""
+
+    def check(name, actual, expected, gradient):
+        helpers.assert_close(actual, expected, dtype, reduction=reduction, gradient=gradient, name=name)
+
+    return check
+
+
+def segments_of(shape):
+    return helpers.segment_batches(shape.T, shape.K, shape.B) if shape.given else [None]
+
+
+@pytest.mark.parametrize(("backend", "shape"), FLOAT64, ids=str)
+def test_float64(backend, shape):
+    """Outputs, final state and every cotangent, as if every element were one rounding: far below 1e-12."""
+    rng = np.random.default_rng(shape.T)
+    case = helpers.random_case(rng, B=shape.B, T=shape.T, c=shape.c, initial_state=shape.given, **SIZES)
+    function = attention(backend, shape.K, shape.readout, shape.planes)
+    for segment_ids in segments_of(shape):
+        judge(function, case, shape.readout, "float64", segment_ids, rng, close("float64", 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32(backend):
+    """With phases up to pi, since float32 rounds a phase that every step repeats; chunkwise is compiled as users do."""
+    T, K, B = 29, 8, 1
+    rng = np.random.default_rng(T)
+    case = helpers.random_case(rng, B=B, T=T, fast_phase=np.pi, **SIZES)
+    check = close("float32", T * SIZES["M"])
+    for segment_ids in helpers.segment_batches(T, K, B):
+        judge(
+            attention(backend, K, "real"),
+            case,
+            "real",
+            "float32",
+            segment_ids,
+            rng,
+            check,
+            quickly=backend == "recurrent",
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_inputs(backend):
+    """Root mean square errors, since a single product rounded to bfloat16 may be far off; the state is float32."""
+    rng = np.random.default_rng(0)
+    case = helpers.random_case(rng, B=2, T=64, fast_phase=np.pi, **SIZES)
+
+    def check(name, actual, expected, gradient):
+        error = np.asarray(actual).astype(np.float64) - expected
+        ratio = np.sqrt(np.mean(error**2) / np.mean(expected**2))
+        assert ratio <= (0.02 if gradient else 0.01), f"{name}: root mean square error ratio {ratio:.3e}"
+
+    judge(attention(backend, 16, "transpose"), case, "transpose", "bfloat16", None, rng, check)
+
+
+LINEAR_SHAPES = [
+    ("chunkwise", 17, 4, 3, "full", True),
+    ("recurrent", 5, 4, 1, "diagonal", False),
+]
+
+
+@pytest.mark.parametrize(("backend", "T", "K", "B", "c", "planes"), LINEAR_SHAPES)
+def test_linear_readout_float64(backend, T, K, B, c, planes):
+    rng = np.random.default_rng(T)
+    case = helpers.random_linear_case(rng, B=B, T=T, H=2, W=7, M=6, c=c)
+    for segment_ids in helpers.segment_batches(T, K, B):
+        judge(linear(backend, K, planes), case, None, "float64", segment_ids, rng, close("float64", 1))
+
+
+def test_linear_readout_float32():
+    rng = np.random.default_rng(7)
+    case = helpers.random_linear_case(rng, B=1, T=17, H=2, W=7, M=6, initial_state=False, fast_phase=np.pi)
+    judge(linear("chunkwise", 8), case, None, "float32", None, rng, close("float32", 17 * 6))
+
+
+@pytest.mark.parametrize(("readout", "c"), [("transpose", "full"), ("hermitian", "identity"), ("real", "full")])
+def test_step_repeated_is_the_whole(readout, c):
+    case = helpers.random_case(np.random.default_rng(1), B=3, T=7, c=c, **SIZES)
+    o, final = oracles.forward(case, readout)
+    with jax.enable_x64(True):
+        one = quick(functools.partial(step, readout=readout))
+        case = cast(case, "float64")
+        state = case["initial_state"]
+        for t in range(7):
+            actual, state = one(case["q"][:, t], case["k"][:, t], case["v"][:, t], basis_of(case), state)
+            helpers.assert_close(actual, o[:, t], "float64", reduction=7, name=f"output {t}")
+        helpers.assert_close(state, final, "float64", reduction=7, name="state")
+
+
+def test_linear_step_repeated_is_the_whole():
+    case = helpers.random_linear_case(np.random.default_rng(2), B=3, T=7, H=2, W=5, M=6)
+    y, final = oracles.linear_forward(case)
+    with jax.enable_x64(True):
+        case = cast(case, "float64")
+        state = case["initial_state"]
+        for t in range(7):
+            actual, state = quick(linear_step)(case["z"][:, t], basis_of(case, planes=False), case["c_out"], state)
+            helpers.assert_close(actual, y[:, t], "float64", reduction=7, name=f"output {t}")
+        helpers.assert_close(state, final, "float64", reduction=7, name="state")
+
+
+def test_step_keeps_the_dtypes():
+    case = cast(helpers.random_case(np.random.default_rng(3), B=1, T=1, **SIZES), "bfloat16")
+    q, k, v = (case[name][:, 0] for name in ("q", "k", "v"))
+    o, state = jax.eval_shape(step, q, k, v, basis_of(case), case["initial_state"])
+    assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    z = jnp.concatenate([k, v], axis=-1)
+    y, state = jax.eval_shape(linear_step, z, basis_of(case), case["a_imag"], case["initial_state"])
+    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def right_padded(x, start, stop):
+    """Tokens start to stop of x (B, T, ...), moved to the left end; the rest is NaN."""
+    tail = np.full((x.shape[0], x.shape[1] - (stop - start), *x.shape[2:]), np.nan)
+    return np.concatenate([x[:, start:stop], tail], axis=1)
+
+
+PROPERTY_T, PROPERTY_K = 12, 4
+seeds = st.integers(0, 2**32 - 1)
+
+
+def property_case(seed, **changes):
+    rng = np.random.default_rng(seed)
+    case = helpers.random_case(rng, B=3, T=PROPERTY_T, **SIZES)
+    return rng, case, np.stack([helpers.random_segments(rng, PROPERTY_T) for _ in range(3)])
+
+
+def run_property(backend, case, segment_ids):
+    with jax.enable_x64(True):
+        o, state = quick(attention(backend, PROPERTY_K, "transpose"))(
+            cast(case, "float64"), jnp.asarray(segment_ids, jnp.int32)
+        )
+    return np.asarray(o), np.asarray(state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=seeds, split=st.integers(1, PROPERTY_T - 1))
+def test_halves_with_a_carried_state_are_the_whole(backend, seed, split):
+    """f([a; b]) = f(b, state = f(a)), whenever b does not begin a document of its own."""
+    _, case, segment_ids = property_case(seed)
+    continues = segment_ids[:, split - 1] == segment_ids[:, split]
+    o, state = run_property(backend, case, segment_ids)
+    halves = []
+    for start, stop in ((0, split), (split, PROPERTY_T)):
+        part = case | {name: right_padded(case[name], start, stop) for name in ("q", "k", "v")}
+        ids = np.full_like(segment_ids, PADDING)
+        ids[:, : stop - start] = segment_ids[:, start:stop]
+        half, carried = run_property(backend, part, ids)
+        halves.append(half[:, : stop - start])
+        case = case | {"initial_state": carried}
+    # Only rows that continue: the second half cannot know that its first token starts anew.
+    for b in np.flatnonzero(continues):
+        helpers.assert_close(np.concatenate(halves, axis=1)[b], o[b], "float64", reduction=PROPERTY_T, name="outputs")
+        helpers.assert_close(carried[b], state[b], "float64", reduction=PROPERTY_T, name="state")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=seeds, split=st.integers(1, PROPERTY_T - 1))
+def test_a_reset_is_a_split(backend, seed, split):
+    """Two documents in a row are the first with the initial state and the second from zeros."""
+    _, case, _ = property_case(seed)
+    segment_ids = np.tile((np.arange(PROPERTY_T) >= split).astype(np.int32), (3, 1))
+    o, state = run_property(backend, case, segment_ids)
+    ids = np.where(np.arange(PROPERTY_T) < PROPERTY_T - split, 0, PADDING) + np.zeros((3, 1), np.int32)
+    part = {name: right_padded(case[name], split, PROPERTY_T) for name in ("q", "k", "v")}
+    part["initial_state"] = np.zeros_like(case["initial_state"])
+    second, final = run_property(backend, case | part, ids)
+    helpers.assert_close(o[:, split:], second[:, : PROPERTY_T - split], "float64", reduction=PROPERTY_T, name="outputs")
+    helpers.assert_close(state, final, "float64", reduction=PROPERTY_T, name="state")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=seeds)
+def test_linear_in_v_from_a_zero_state(backend, seed):
+    rng, case, segment_ids = property_case(seed)
+    case["initial_state"] = np.zeros_like(case["initial_state"])
+    other, scale = rng.normal(size=case["v"].shape), rng.normal()
+    o, _ = run_property(backend, case, segment_ids)
+    o_other, _ = run_property(backend, case | {"v": other}, segment_ids)
+    o_sum, _ = run_property(backend, case | {"v": case["v"] + scale * other}, segment_ids)
+    helpers.assert_close(o_sum, o + scale * o_other, "float64", reduction=PROPERTY_T, name="outputs")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=seeds)
+def test_rows_and_states_may_be_permuted(backend, seed):
+    """Neither the rows of a batch nor the key-value heads (each with its query heads) know of each other."""
+    rng, case, segment_ids = property_case(seed)
+    o, state = run_property(backend, case, segment_ids)
+    rows, heads = rng.permutation(3), np.array([1, 0])
+    query_heads = np.array([2, 3, 0, 1])
+    moved = {name: case[name][heads] for name in ("log_delta", "a_log", "a_imag", "c_re", "c_im")}
+    moved |= {name: case[name][rows][:, :, heads] for name in ("k", "v")}
+    moved |= {"q": case["q"][rows][:, :, query_heads], "initial_state": case["initial_state"][rows][:, heads]}
+    o_moved, state_moved = run_property(backend, moved, segment_ids[rows])
+    helpers.assert_close(o_moved, o[rows][:, :, query_heads], "float64", name="outputs")
+    helpers.assert_close(state_moved, state[rows][:, heads], "float64", name="state")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neither_the_future_nor_another_document_is_read(backend):
+    """Bitwise: later tokens cannot change an output, nor can the documents before a reset."""
+    rng, case, _ = property_case(5)
+    segment_ids = np.tile(np.repeat([0, 1], [5, 7]), (3, 1))
+    o, state = run_property(backend, case, segment_ids)
+    other = helpers.random_case(rng, B=3, T=PROPERTY_T, **SIZES)
+
+    def changed(tokens):
+        return case | {name: np.where(tokens[:, None, None], other[name], case[name]) for name in ("q", "k", "v")}
+
+    o_first, state_first = run_property(
+        backend, changed(np.arange(PROPERTY_T) < 5) | {"initial_state": other["initial_state"]}, segment_ids
+    )
+    np.testing.assert_array_equal(o_first[:, 5:], o[:, 5:])
+    np.testing.assert_array_equal(state_first, state)
+    for t in range(1, PROPERTY_T):
+        o_late, _ = run_property(backend, changed(np.arange(PROPERTY_T) >= t), segment_ids)
+        np.testing.assert_array_equal(o_late[:, :t], o[:, :t])
+        assert (o_late[:, t:] != o[:, t:]).any()
+
+
+def extreme_case(a_imag, **sizes):
+    """Two key-value heads with log_delta = -30 and 30, whose modes are every pair of a_log = +-30 and a_imag."""
+    a_log, a_imag = (x.ravel() for x in np.meshgrid([-30.0, 30.0], a_imag))
+    case = helpers.random_case(np.random.default_rng(9), H=4, G=2, R=4, E=3, M=len(a_log), **sizes)
+    return case | {
+        "log_delta": np.array([-30.0, 30.0]),
+        "a_log": np.tile(a_log, (2, 1)),
+        "a_imag": np.tile(a_imag, (2, 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("backend", "readout"), [("chunkwise", "hermitian"), ("chunkwise", "transpose"), ("recurrent", "transpose")]
+)
+def test_extreme_parameters_stay_finite(backend, readout):
+    case = extreme_case([0.0, 1e6, -1e6], B=1, T=9)
+    case = cast(case, "float32")
+    function = attention(backend, 4, readout)
+    # Of this size, since some cotangents for ones, 4e38, are more than float32 can hold.
+    g = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), jax.eval_shape(function, case))
+    outputs, cotangents = with_cotangents(function, True)(case, None, g)
+    for name, x in {"outputs": outputs[0], "state": outputs[1], **cotangents}.items():
+        bad = np.argwhere(~np.isfinite(np.asarray(x)))
+        assert not bad.size, f"{name} has {len(bad)} values of {x.size} that are not finite, first at {bad[0]}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_parameters_without_rotation_are_accurate(backend):
+    """Without a phase the extremes are well conditioned: every mode of the state is right relative to itself."""
+    case = rounded(extreme_case([0.0], B=1, T=9), "float32")
+    _, expected = oracles.forward(case, "transpose")
+    _, state = quick(attention(backend, 4, "transpose"))(cast(case, "float32"))
+    for g, m in np.ndindex(2, 2):
+        helpers.assert_close(state[:, g, :, m], expected[:, g, :, m], "float32", reduction=9, name=f"{g=} {m=}")
+
+
+def test_options_change_the_program_and_the_defaults_are_chunkwise():
+    case = cast(helpers.random_case(np.random.default_rng(4), B=1, T=9, initial_state=False, **SIZES), "float32")
+    arguments = case["q"], case["k"], case["v"], basis_of(case)
+    text = {options: jax.jit(attention(*options, "transpose")).lower(case).as_text() for options in _OPTIONS}
+    assert text["auto", 4] == text["chunkwise", 4]
+    assert len({text[options] for options in _OPTIONS}) == len(_OPTIONS) - 1
+    o = quick(interdomain_attention)(*arguments)
+    expected, _ = oracles.forward(rounded(case, "float32"), "transpose")
+    helpers.assert_close(o, expected, "float32", reduction=9 * 5)
+
+
+_OPTIONS = [("auto", 4), ("chunkwise", 4), ("chunkwise", 8), ("recurrent", 4)]
+
+
+def valid_arguments(**changes):
+    """Arguments of the op, some replaced; names of a basis' fields replace those."""
+    case = cast(helpers.random_case(np.random.default_rng(6), B=2, T=3, **SIZES), "float32")
+    c = changes.pop("c", (case["c_re"], case["c_im"]))
+    fields = {name: changes.pop(name, case[name]) for name in ("log_delta", "a_log", "a_imag")}
+    arguments = {name: case[name] for name in ("q", "k", "v", "initial_state")}
+    return arguments | {"basis": Basis(**fields, c=c), "segment_ids": jnp.zeros((2, 3), jnp.int32)} | changes
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+# What is wrong, and the words that the message must hold: the offending values and the rule's.
+REFUSALS = {
+    "H not a multiple of G": ({"q": zeros(2, 3, 5, 4)}, ["5", "2"]),
+    "T of k": ({"k": zeros(2, 7, 2, 4)}, ["k", "7", "3"]),
+    "R of k": ({"k": zeros(2, 3, 2, 9)}, ["k", "9", "4"]),
+    "G of v": ({"v": zeros(2, 3, 1, 3)}, ["v", "(2, 3, 1, 3)"]),
+    "rank of q": ({"q": zeros(2, 3, 4)}, ["q", "(2, 3, 4)"]),
+    "dtype of q": ({"q": np.zeros((2, 3, 4, 4), np.int32)}, ["q", "int32"]),
+    "G of the basis": ({"log_delta": zeros(4)}, ["log_delta", "4", "2"]),
+    "M of the basis": ({"a_imag": zeros(2, 6)}, ["a_imag", "(2, 6)", "(2, 5)"]),
+    "shape of c": ({"c": np.zeros((2, 5, 6), np.complex64)}, ["c", "(2, 5, 6)", "(2, 5, 5)"]),
+    "planes of c": ({"c": (zeros(2, 5), zeros(2, 5, 5))}, ["c", "(2, 5)", "(2, 5, 5)"]),
+    "shape of the state": ({"initial_state": zeros(2, 2, 2, 5, 6)}, ["state", "(2, 2, 2, 5, 6)", "(2, 2, 2, 5, 7)"]),
+    "unknown backend": ({"backend": "chunkwize"}, ["backend", "'chunkwize'", "'chunkwise'"]),
+    "unknown readout": ({"readout": "hermitan"}, ["readout", "'hermitan'", "'hermitian'"]),
+    "chunk size": ({"chunk_size": 0}, ["chunk_size", "0", "1"]),
+    "shape of segment ids": ({"segment_ids": np.zeros((2, 4), np.int32)}, ["segment_ids", "(2, 4)", "(2, 3)"]),
+    "dtype of segment ids": ({"segment_ids": zeros(2, 3)}, ["segment_ids", "float32", "integer"]),
+}
+
+
+@pytest.mark.parametrize("change", REFUSALS)
+def test_bad_arguments_are_named(change):
+    changes, words = REFUSALS[change]
+    with pytest.raises(ValueError) as error:
+        interdomain_attention(**valid_arguments(**changes))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_step_and_linear_readout_refuse_too():
+    good = valid_arguments()
+    token = {name: good[name][:, 0] for name in ("q", "k", "v")} | {"basis": good["basis"]}
+    with pytest.raises(ValueError, match=r"state.*\(2, 2, 2, 5, 6\).*\(2, 2, 2, 5, 7\)"):
+        step(**token, state=jnp.ones((2, 2, 2, 5, 6)))
+    with pytest.raises(ValueError, match="'reel'.*'real'"):
+        step(**token, state=good["initial_state"], readout="reel")
+    with pytest.raises(ValueError, match=r"c_out.*\(2, 6\).*\(2, 5\)"):
+        linear_readout(good["k"], good["basis"], jnp.ones((2, 6)))
+    with pytest.raises(ValueError, match=r"log_delta.*\(2,\).*\(4,\)|a_log.*\(2, 5\).*\(4, 5\)"):
+        linear_readout(good["q"], good["basis"], jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match="'recurent'.*'recurrent'"):
+        linear_readout(good["k"], good["basis"], jnp.ones((2, 5)), backend="recurent")
+    with pytest.raises(ValueError, match=r"c_out.*\(2, 6\).*\(2, 5\)"):
+        linear_step(good["k"][:, 0], good["basis"], jnp.ones((2, 6)), good["initial_state"])

@@ -1,0 +1,227 @@
+"""Numpy float64 judges of the core ops: the literal recurrence and its hand-written adjoint.
+
+Nothing here is shared with idattn. A case is a mapping from names to real arrays (dimensions as in idattn.shapes):
+q, k, v (or z), log_delta (G,), a_log and a_imag (G, M), and where present c_re and c_im ((G, M, M) full,
+(G, M) diagonal, absent for the identity), c_out (H, M) and initial_state (B, G, 2, M, width). The cotangents come
+under the same names.
+
+The cotangent of a complex number x is g = dL/dRe(x) + i dL/dIm(x), so that y = f(x), f holomorphic, gives
+g_x = conj(f'(x)) g_y.
+"""
+
+from collections.abc import Mapping
+
+import mpmath
+import numpy as np
+
+Case = Mapping[str, np.ndarray]
+PADDING = -1
+# (lambda - 1) - lambda Delta a loses 2 log10(1 / |Delta a|) digits: 53 of them where log_delta = a_log = -30.
+DIGITS = 120
+
+
+def discretize(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """lambda = exp(Delta a) and beta = (lambda - 1) / a, complex (G, M), rounded once."""
+    lam, beta, *_ = _discretize(case)
+    return lam, beta
+
+
+def _discretize(case: Case) -> tuple[np.ndarray, ...]:
+    """lambda, beta and dlambda/dDelta, dlambda/da, dbeta/dDelta, dbeta/da, each complex (G, M)."""
+    a_log, a_imag = np.asarray(case["a_log"], np.float64), np.asarray(case["a_imag"], np.float64)
+    log_delta = np.broadcast_to(np.asarray(case["log_delta"], np.float64)[:, None], a_log.shape)
+    results = np.empty((6, *a_log.shape), np.complex128)
+    with mpmath.workdps(DIGITS):
+        for index in np.ndindex(a_log.shape):
+            delta = mpmath.exp(mpmath.mpf(log_delta[index]))
+            a = mpmath.mpc(-mpmath.exp(mpmath.mpf(a_log[index])), mpmath.mpf(a_imag[index]))
+            lam = mpmath.exp(delta * a)
+            dbeta_da = (delta * lam * a - (lam - 1)) / a**2
+            for i, value in enumerate((lam, (lam - 1) / a, a * lam, delta * lam, lam, dbeta_da)):
+                results[i, *index] = complex(value)
+    return tuple(results)
+
+
+def _discretize_adjoint(case: Case, g_lam: np.ndarray, g_beta: np.ndarray) -> dict[str, np.ndarray]:
+    """Cotangents of log_delta, a_log and a_imag for those of lambda and beta."""
+    _, _, dlam_ddelta, dlam_da, dbeta_ddelta, dbeta_da = _discretize(case)
+    g_delta = np.real(dlam_ddelta.conj() * g_lam + dbeta_ddelta.conj() * g_beta).sum(axis=1)
+    g_a = dlam_da.conj() * g_lam + dbeta_da.conj() * g_beta
+    decay = np.exp(np.asarray(case["a_log"], np.float64))
+    delta = np.exp(np.asarray(case["log_delta"], np.float64))
+    return {"log_delta": g_delta * delta, "a_log": -decay * g_a.real, "a_imag": g_a.imag}
+
+
+def _dense_c(case: Case) -> np.ndarray:
+    """C as complex (G, M, M) matrices, whichever kind the case has."""
+    G, M = case["a_log"].shape
+    if "c_re" not in case:
+        return np.tile(np.eye(M, dtype=np.complex128), (G, 1, 1))
+    c = np.asarray(case["c_re"], np.float64) + 1j * np.asarray(case["c_im"], np.float64)
+    return c if c.ndim == 3 else c[:, :, None] * np.eye(M)
+
+
+def _c_adjoint(case: Case, g_c: np.ndarray) -> dict[str, np.ndarray]:
+    """Cotangents of the planes of C for that of the dense C; a diagonal C receives the diagonal."""
+    if "c_re" not in case:
+        return {}
+    if case["c_re"].ndim == 2:
+        g_c = np.einsum("gmm->gm", g_c)
+    return {"c_re": g_c.real, "c_im": g_c.imag}
+
+
+def _real_tokens(row: np.ndarray) -> list[tuple[int, bool]]:
+    """(t, whether t continues the document of the token before it) for the tokens of a row that are not padding."""
+    return [(t, t == 0 or row[t - 1] == row[t]) for t in range(len(row)) if row[t] != PADDING]
+
+
+def _clean(x: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """x (B, T, heads, width) in float64 with zeros for padding, which nothing may read."""
+    return np.where((segment_ids == PADDING)[:, :, None, None], 0.0, np.asarray(x, np.float64))
+
+
+def _initial(case: Case, shape: tuple[int, ...]) -> np.ndarray:
+    """The initial state as complex (B, G, M, width); zeros where the case has none."""
+    if "initial_state" not in case:
+        return np.zeros(shape, np.complex128)
+    planes = np.asarray(case["initial_state"], np.float64)
+    return planes[:, :, 0] + 1j * planes[:, :, 1]
+
+
+def _planes(x: np.ndarray) -> np.ndarray:
+    """Complex (B, G, M, width) as the real planes (B, G, 2, M, width) of the public state."""
+    return np.stack([x.real, x.imag], axis=2)
+
+
+def _states(z: np.ndarray, case: Case, segment_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """X_t = lambda X_{t-1} + beta z_t^T, literally.
+
+    Returns:
+      the states before and after every token, both complex (B, T, G, M, width); padding leaves its state alone.
+    """
+    lam, beta = discretize(case)
+    B, T, G, width = z.shape
+    initial = _initial(case, (B, G, lam.shape[1], width))
+    before = np.empty((B, T, *initial.shape[1:]), np.complex128)
+    after = np.empty_like(before)
+    for b in range(B):
+        x = initial[b]
+        continues = dict(_real_tokens(segment_ids[b]))
+        for t in range(T):
+            before[b, t] = x
+            if t in continues:
+                x = continues[t] * lam[:, :, None] * x + beta[:, :, None] * z[b, t, :, None, :]
+            after[b, t] = x
+    return before, after
+
+
+def _states_adjoint(
+    g_after: np.ndarray, g_final: np.ndarray, z: np.ndarray, before: np.ndarray, case: Case, segment_ids: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Transpose of _states: g_after (B, T, G, M, width) from the readouts, g_final planes of the last state.
+
+    Returns:
+      the cotangent of z, and those of log_delta, a_log, a_imag and, where the case has one, initial_state.
+    """
+    lam, beta = discretize(case)
+    g_z, g_lam, g_beta = np.zeros_like(z), np.zeros_like(lam), np.zeros_like(beta)
+    g_initial = np.empty_like(before[:, 0])
+    for b in range(z.shape[0]):
+        g = g_final[b, :, 0] + 1j * g_final[b, :, 1]
+        for t, continues in reversed(_real_tokens(segment_ids[b])):
+            g = g + g_after[b, t]
+            g_z[b, t] = np.real(np.einsum("gm,gmw->gw", beta.conj(), g))
+            g_beta += np.einsum("gmw,gw->gm", g, z[b, t])
+            g_lam += continues * np.einsum("gmw,gmw->gm", g, before[b, t].conj())
+            g = continues * lam.conj()[:, :, None] * g
+        g_initial[b] = g
+    result = _discretize_adjoint(case, g_lam, g_beta)
+    if "initial_state" in case:
+        result["initial_state"] = _planes(g_initial)
+    return g_z, result
+
+
+def _ids(x: np.ndarray, segment_ids: np.ndarray | None) -> np.ndarray:
+    return np.zeros(x.shape[:2], np.int64) if segment_ids is None else np.asarray(segment_ids)
+
+
+def _per_query_head(x: np.ndarray, case: Case) -> np.ndarray:
+    """(B, T, G, ...) repeated to (B, T, H, ...): query head h reads key-value head h // (H / G)."""
+    H, G = case["q"].shape[2], case["k"].shape[2]
+    return x[:, :, np.arange(H) // (H // G)]
+
+
+def forward(case: Case, readout: str, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Interdomain attention: outputs (B, T, H, E) and the final state (B, G, 2, M, R + E), float64."""
+    o, after, *_ = _forward(case, readout, _ids(case["q"], segment_ids))
+    return o, _planes(after[:, -1])
+
+
+def _forward(case: Case, readout: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+    R = case["k"].shape[-1]
+    q = _clean(case["q"], ids)
+    z = np.concatenate([_clean(case["k"], ids), _clean(case["v"], ids)], axis=-1)
+    before, after = _states(z, case, ids)
+    read = np.einsum("gmn,btgnw->btgmw", _dense_c(case), after)
+    u, gamma = _per_query_head(read[..., :R], case), _per_query_head(read[..., R:], case)
+    p = np.einsum("bthmr,bthr->bthm", u, q)
+    if readout == "transpose":
+        o = np.einsum("bthm,bthme->bthe", p, gamma).real
+    elif readout == "hermitian":
+        o = np.einsum("bthm,bthme->bthe", p.conj(), gamma).real
+    elif readout == "real":
+        o = np.einsum("bthm,bthme->bthe", p.real, gamma.real)
+    else:
+        raise ValueError(f"{readout=}")
+    return _clean(o, ids), after, before, q, z, u, gamma, p
+
+
+def cotangents(
+    case: Case, readout: str, g_o: np.ndarray, g_state: np.ndarray, segment_ids: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Cotangents of everything in the case for those of the outputs and of the final state."""
+    ids = _ids(case["q"], segment_ids)
+    _, after, before, q, z, u, gamma, p = _forward(case, readout, ids)
+    g_o = _clean(g_o, ids)
+    if readout == "transpose":
+        g_p = np.einsum("bthme,bthe->bthm", gamma.conj(), g_o)
+        g_gamma = np.einsum("bthm,bthe->bthme", p.conj(), g_o)
+    elif readout == "hermitian":
+        g_p = np.einsum("bthme,bthe->bthm", gamma, g_o)
+        g_gamma = np.einsum("bthm,bthe->bthme", p, g_o)
+    else:
+        g_p = np.einsum("bthme,bthe->bthm", gamma.real, g_o) + 0j
+        g_gamma = np.einsum("bthm,bthe->bthme", p.real, g_o) + 0j
+    g_u = np.einsum("bthm,bthr->bthmr", g_p, q)
+    B, T, H, M = p.shape
+    G, R = case["k"].shape[2:]
+    g_read = np.concatenate([g_u, g_gamma], axis=-1).reshape(B, T, G, H // G, M, -1).sum(axis=3)
+    g_c = np.einsum("btgmw,btgnw->gmn", g_read, after.conj())
+    g_after = np.einsum("gmn,btgmw->btgnw", _dense_c(case).conj(), g_read)
+    g_z, result = _states_adjoint(g_after, np.asarray(g_state, np.float64), z, before, case, ids)
+    g_q = np.einsum("bthmr,bthm->bthr", u.conj(), g_p).real
+    return {"q": g_q, "k": g_z[..., :R], "v": g_z[..., R:], **result, **_c_adjoint(case, g_c)}
+
+
+def linear_forward(case: Case, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The learned linear readout: y_t = Re(c_out^T C X_t) (B, T, H, W) and the final state (B, H, 2, M, W), float64."""
+    ids = _ids(case["z"], segment_ids)
+    _, after = _states(_clean(case["z"], ids), case, ids)
+    y = np.einsum("hm,hmn,bthnw->bthw", np.asarray(case["c_out"], np.float64), _dense_c(case), after).real
+    return _clean(y, ids), _planes(after[:, -1])
+
+
+def linear_cotangents(
+    case: Case, g_y: np.ndarray, g_state: np.ndarray, segment_ids: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Cotangents of everything in the case of the linear readout for those of its outputs and final state."""
+    ids = _ids(case["z"], segment_ids)
+    z, g_y, c, c_out = _clean(case["z"], ids), _clean(g_y, ids), _dense_c(case), np.asarray(case["c_out"], np.float64)
+    before, after = _states(z, case, ids)
+    read = np.einsum("hmn,bthnw->bthmw", c, after)
+    g_read = np.einsum("hm,bthw->bthmw", c_out, g_y)
+    g_c = np.einsum("bthmw,bthnw->hmn", g_read, after.conj())
+    g_after = np.einsum("hmn,bthmw->bthnw", c.conj(), g_read)
+    g_z, result = _states_adjoint(g_after, np.asarray(g_state, np.float64), z, before, case, ids)
+    g_c_out = np.einsum("bthmw,bthw->hm", read.real, g_y)
+    return {"z": g_z, "c_out": g_c_out, **result, **_c_adjoint(case, g_c)}
