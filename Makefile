@@ -17,7 +17,7 @@ quickstart: $(READY)
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(READY) lint
-	$(RUN) -m pytest -n 2 -m 'not slow'
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow

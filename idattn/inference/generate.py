@@ -46,10 +46,18 @@ def generate(
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"{top_k=} must lie in [0, {vocab_size=}].")
     graphdef, params = nnx.split(model)
-    run = jax.jit(partial(_generate, graphdef), static_argnames=("num_tokens", "temperature", "top_k"))
-    return run(params, prompt, jax.random.key(seed), num_tokens=num_tokens, temperature=float(temperature), top_k=top_k)
+    return _generate(
+        graphdef,
+        params,
+        prompt,
+        jax.random.key(seed),
+        num_tokens=num_tokens,
+        temperature=float(temperature),
+        top_k=top_k,
+    )
 
 
+@partial(jax.jit, static_argnames=("graphdef", "num_tokens", "temperature", "top_k"))
 def _generate(graphdef, params, prompt, key, *, num_tokens: int, temperature: float, top_k: int) -> jax.Array:
     model = nnx.merge(graphdef, params)
     B, T = prompt.shape

@@ -59,6 +59,8 @@ def _scan(read, z, basis, initial_state, segment_ids, queries):
     runs = run_index(segment_ids)
     starts = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
     is_token = segment_ids != PADDING
+    # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
+    z, queries = jax.tree.map(lambda x: jnp.where(is_token[..., None, None], x, 0), (z, queries))
 
     def advance(state, inputs):
         z_t, q_t, starts_t, is_token_t = inputs

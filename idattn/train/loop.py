@@ -39,6 +39,7 @@ def train(
       workdir: folder of the run; made if it does not exist.
       init_from: a checkpoint whose weights a new run starts from.
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
+        A run that is resumed within the window or after it is not profiled.
 
     Returns:
       `step`, `val_loss` (nats per token), `best_val_loss`, `parameters`, and, where the config asks for them,
@@ -62,10 +63,14 @@ class _Run:
                 f"model.vocab_size={config.model.vocab_size} must be at least the {self.tokenizer.vocab_size} tokens "
                 f"of the tokenizer {config.data.tokenizer!r}."
             )
-        check_same_run(workdir, config)
+        if profile != (0, 0) and not 1 <= profile[0] <= profile[1] <= config.train.steps:
+            raise ValueError(
+                f"profile={profile} must be a first and a last step, in order, of the {config.train.steps} from 1."
+            )
         self.trainer = Trainer(config)
         self.init_from = init_from
         self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed)
+        check_same_run(workdir, config)  # last: a start that fails leaves no config behind
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
         self.val_loss = float("nan")
@@ -119,7 +124,7 @@ class _Run:
                     self._look(pending, state, bar)
                     pending = None
                     paused = time.perf_counter()
-                    if done == self.profile[1]:
+                    if done == self.profile[1] and start < self.profile[0]:
                         jax.profiler.stop_trace()
                     val_loss = self._evaluate(state) if evaluate else None
                     if val_loss is not None:

@@ -37,6 +37,8 @@ class Trainer:
 
         def init() -> State:
             params = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+            # Weakly typed arrays, as of jnp.full(shape, 0.0), would compile the step a second time.
+            params = jax.tree.map(lambda x: x.astype(x.dtype), params)
             return {"params": params, "opt_state": self._optimizer.init(params), "finite": jnp.array(True)}
 
         self.init: Callable[[], State] = jax.jit(init)

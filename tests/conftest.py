@@ -1,0 +1,16 @@
+"""Settings of all tests: quick compilation except where a test is about the compiled program."""
+
+import jax
+import pytest
+
+jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compile with all optimisations, as users do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
