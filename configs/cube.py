@@ -30,6 +30,6 @@ def get_config(mixer: str = "interdomain"):
             ),
             data=dataclasses.replace(config.data, seq_len=256),
             optim=OptimConfig(peak_lr=4e-3, warmup_steps=30, final_lr=1e-4),
-            train=TrainConfig(steps=200, batch_size=16, eval_every=200, eval_batches=16, checkpoint_every=200),
+            train=TrainConfig(steps=300, batch_size=8, eval_every=300, eval_batches=48, checkpoint_every=300),
         )
     )

@@ -2,8 +2,8 @@
 
 python -m launch.bench_ops --seq_len=4096 --num_heads=4 --head_dim=64 --num_modes=64
 
-Each chunk size is first compared with the literal recurrence: outputs and all gradients, at a tenth of the length. Times
-are the best of several runs; ratios say how many times faster than softmax attention written out, in the same run.
+Each chunk size is first compared with the literal recurrence: outputs and all gradients, at a tenth of the length.
+Times are the best of several runs; ratios say how many times faster than softmax attention written out in this run.
 """
 
 import math
