@@ -1,0 +1,150 @@
+"""The entry points as users start them: `python -m launch.NAME` with values changed on the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--config=configs/quickstart.py",
+    "--config.model.model_dim=12",
+    "--config.model.num_layers=1",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.mixers=('softmax',)",
+    "--config.data.seq_len=16",
+    "--config.data.holdout=('b',)",
+    "--config.optim.warmup_steps=1",
+    "--config.train.steps=3",
+    "--config.train.batch_size=2",
+    "--config.train.log_every=1",
+    "--config.train.eval_batches=1",
+    "--config.train.ngram_orders=1",
+    "--config.train.sample_prompt=ab",
+    "--config.train.sample_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A function that runs an entry point and returns the finished process; they share compiled programs."""
+    cache = tmp_path_factory.mktemp("cache")
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def run(name, *arguments):
+        command = [sys.executable, "-m", f"launch.{name}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=180)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "text": f"{name} says it again; " * 20}) + "\n" for name in "ab"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(start, corpus, tmp_path_factory):
+    """(finished process, workdir) of a run of three steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    return start("train", *TINY, f"--config.data.source={corpus}", f"--workdir={workdir}"), workdir
+
+
+def test_train(trained):
+    done, workdir = trained
+    assert done.returncode == 0, done.stderr
+    assert f"3 steps of 32 tokens on cpu; new run in {workdir}\n" in done.stdout
+    assert "validation loss on b, nats per token\n  1-gram" in done.stdout
+    assert "\nsample\n  ab|" in done.stdout
+    assert f"loss curves: {workdir / 'loss.png'}\n" in done.stdout
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["model"]["mixers"], config["train"]["steps"], config["optim"]["peak_lr"]) == (["softmax"], 3, 3e-3)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3"]
+
+
+def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
+    _, workdir = trained
+    arguments = [*TINY, f"--config.data.source={corpus}"]
+    again = start("train", *arguments, f"--workdir={workdir}")
+    assert again.returncode == 0, again.stderr
+    assert f"resumed {workdir} at step 3\n" in again.stdout
+    other = start("train", *arguments, f"--workdir={workdir}", "--config.optim.peak_lr=0.5")
+    assert other.returncode != 0
+    assert "ValueError" in other.stderr and "optim.peak_lr: 0.003 there, 0.5 now" in other.stderr
+    fresh = start(
+        "train", *arguments, f"--workdir={tmp_path / 'new'}", f"--init_from={workdir}", "--profile=2,3",
+        "--config.train.sample_prompt=",
+    )  # fmt: skip
+    assert fresh.returncode == 0, fresh.stderr
+    assert f"weights from {workdir}, step 3\n" in fresh.stdout
+    assert f"new run in {tmp_path / 'new'}\n" in fresh.stdout
+    assert "sample" not in fresh.stdout
+    assert len(list((tmp_path / "new" / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def generated(start, workdir, *arguments):
+    done = start("generate", f"--checkpoint={workdir}", "--num_tokens=12", *arguments)
+    assert done.returncode == 0, done.stderr
+    head, text = done.stdout.split("\n\n", 1)
+    assert head == f"{workdir}, step 3"
+    return text
+
+
+def test_generate(start, trained):
+    _, workdir = trained
+    first = generated(start, workdir, "--prompt=ab says", "--seed=5")
+    assert first.startswith("ab says")
+    assert len(first) > len("ab says\n")
+    assert generated(start, workdir, "--prompt=ab says", "--seed=5") == first
+    assert generated(start, workdir, "--prompt=ab says", "--seed=6") != first
+    two = generated(start, workdir, "--num_samples=2", "--top_k=20")  # an empty prompt starts a document
+    assert len(two.strip("\n")) > 2
+
+
+def test_generate_greedy(start, trained):
+    _, workdir = trained
+    checkpoint = workdir / "checkpoints" / "3"
+    greedy = [generated(start, workdir, "--prompt=s", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+    done = start("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=s", "--temperature=0")
+    assert done.stdout == f"{checkpoint}, step 3\n\n{greedy[0]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "messages"),
+    [
+        ("train", [*TINY, "--workdir=x", "--config.train.step=3"], ["step", "Did you mean", "steps"]),
+        ("train", ["--workdir=x"], ["--config"]),
+        ("train", TINY, ["--workdir"]),
+        ("describe", ["--config=configs/paper.py:1.3b,interdomain"], ["scale='1.3b'", "Did you mean '1.3B'?"]),
+        ("describe", ["--config=configs/paper.py:125M,softmx"], ["mixer='softmx'", "Did you mean 'softmax'?"]),
+        ("describe", ["--config=configs/paper.py:125M"], ["'125M' must be SCALE,MIXER"]),
+        ("describe", [*TINY, "--config.model.num_heads=5"], ["num_heads=5 must divide model_dim=12."]),
+        ("generate", ["--checkpoint=/no/such/run"], ["FileNotFoundError", "/no/such/run does not exist"]),
+    ],
+)
+def test_errors(start, name, arguments, messages):
+    done = start(name, *arguments)
+    assert done.returncode != 0
+    for message in messages:
+        assert message in done.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_describe(start):
+    done = start("describe", "--config=configs/paper.py:1.3B,interdomain")
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
+    assert costs["parameters"] == 1352406784 == sum(costs["parameters_by_part"].values())
+    assert costs["state_size_per_layer"] == {"interdomain": 524288}
+    assert costs["context"] == 4096
+    assert costs["training_flops_per_token"] == 3 * costs["forward_flops_per_token"] == 3 * 2673606656
+    assert costs["bytes"]["parameters"] == 4 * 1352406784
+    shorter = start("describe", "--config=configs/paper.py:1.3B,interdomain", "--config.data.seq_len=2048")
+    assert json.loads(shorter.stdout)["context"] == 2048

@@ -1,0 +1,236 @@
+"""One optimiser step: accumulation, rematerialisation, states that must not change, metrics, and overfitting."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_close
+
+from idattn.config import MIXERS, ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from idattn.train.optim import learning_rate
+from idattn.train.step import Trainer
+
+B, T, V = 4, 12, 37
+
+
+def make_config(*mixers, accumulation=1, remat="none", peak_lr=1e-2, eps=1e-8, backend="auto", **model):
+    return Config(
+        model=ModelConfig.tiny(*mixers, **model),
+        data=DataConfig(seq_len=T),
+        optim=OptimConfig(peak_lr=peak_lr, warmup_steps=2, eps=eps),
+        train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation),
+        compute=ComputeConfig(dtype="float32", chunk_size=4, loss_chunk=16, remat=remat, backend=backend),
+    )
+
+
+def make_batch(seed=0):
+    """Random tokens in two documents a row; the rows count 12, 1, 5 and 9 targets."""
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(T) < np.array([12, 1, 5, 9])[:, None]).astype(np.float32)
+    return {
+        "inputs": rng.integers(0, V, (B, T)).astype(np.int32),
+        "targets": rng.integers(0, V, (B, T)).astype(np.int32),
+        "segment_ids": np.repeat([[0] * 5 + [1] * 7], B, axis=0).astype(np.int32),
+        "loss_mask": mask,
+    }
+
+
+def copy(tree):
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def assert_bitwise(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def plain_loss(trainer, params, batch):
+    """Mean loss of the model's logits, softmax written out, all tokens at once."""
+    model = nnx.merge(trainer.graphdef, params)
+    logits, _ = model(jnp.asarray(batch["inputs"]), segment_ids=jnp.asarray(batch["segment_ids"]))
+    right = jnp.sum(jax.nn.one_hot(batch["targets"], V) * jax.nn.log_softmax(logits), axis=-1)
+    return -jnp.sum(right * batch["loss_mask"]) / batch["loss_mask"].sum()
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return Trainer(make_config("interdomain", peak_lr=3e-2))
+
+
+def test_metrics_and_state():
+    trainer = Trainer(make_config("softmax"))
+    config, batch, state = trainer.config, make_batch(), trainer.init()
+    params = copy(state["params"])
+    loss, grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(trainer, params, batch)))(params)
+    state, metrics = trainer.step(state, batch, 7)
+    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "tokens", "finite"}
+    assert_close(metrics["loss"], loss, "float32", reduction=T, name="loss")
+    assert abs(metrics["loss"] - np.log(V)) < 0.1
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
+    assert_close(metrics["grad_norm"], norm, "float32", reduction=B * T, gradient=True, name="grad_norm")
+    assert float(metrics["tokens"]) == 12 + 1 + 5 + 9
+    assert bool(metrics["finite"])
+    # The schedule is that of the step number given; the update's own comes from the optimiser's count, here 0.
+    assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(config.optim, 50)(7)))
+    assert set(state) == {"params", "opt_state", "finite"}
+    assert bool(state["finite"])
+    # Adam's first step moves by the rate along the sign, where the gradient is not tiny: 5e-3 for the norm's scale.
+    moved = np.asarray(state["params"]["final_norm"]["scale"]) - params["final_norm"]["scale"]
+    np.testing.assert_allclose(moved, -5e-3 * np.sign(grads["final_norm"]["scale"]), rtol=1e-3)
+
+
+def test_compiles_once_and_loss_is_the_steps(trainer):
+    """Steps from a new state and from a stepped one share a program; `loss` returns the sum and the count."""
+    state, batch = trainer.init(), make_batch(1)
+    total, count = trainer.loss(state["params"], batch)
+    assert float(count) == 27
+    first = trainer.step(state, batch, 0)
+    assert_close(first[1]["loss"], total / count, "float32", reduction=B * T)
+    second = trainer.step(first[0], batch, 1)
+    assert float(second[1]["loss"]) < float(first[1]["loss"])
+    assert trainer.step._cache_size() == 1
+
+
+def test_abstract_state_is_that_of_init(trainer):
+    state, abstract = trainer.init(), trainer.abstract_state()
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (shape.shape, shape.dtype, shape.sharding)
+
+
+def test_seed_decides_the_parameters():
+    configs = [dataclasses.replace(make_config("softmax"), seed=seed) for seed in (1, 1, 2)]
+    one, again, other = (Trainer(config).init()["params"] for config in configs)
+    assert_bitwise(one, again)
+    assert not np.array_equal(one["embedding"], other["embedding"])
+
+
+def test_accumulation_does_not_change_the_step():
+    """Parts with 13 and 14 targets, or 12, 1, 5 and 9: the mean is over the batch, not over the parts' means."""
+    batch, results, sizes = make_batch(), {}, {}
+    for parts in (1, 2, 4):
+        trainer = Trainer(make_config("softmax", accumulation=parts, eps=1e-2))  # smooth, unlike a sign
+        results[parts] = trainer.step(trainer.init(), batch, 0)
+        sizes[parts] = str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch, 0)).count(
+            f"i32[{B // parts},"
+        )
+        start = trainer.init()["params"]
+    assert sizes[1] > 0 and sizes[2] > 0 and sizes[4] > 0
+    state, metrics = results[1]
+    for parts in (2, 4):
+        other, other_metrics = results[parts]
+        for name in ("loss", "grad_norm", "tokens", "learning_rate"):
+            assert_close(other_metrics[name], metrics[name], "float32", reduction=B * T, gradient=True, name=name)
+        assert bool(other_metrics["finite"]) and bool(other["finite"])
+        pairs = zip(jax.tree.leaves_with_path(other["opt_state"]), jax.tree.leaves(state["opt_state"]), strict=True)
+        for (path, ours), theirs in pairs:
+            assert_close(ours, theirs, "float32", reduction=B * T, gradient=True, name=jax.tree_util.keystr(path))
+        pairs = zip(jax.tree.leaves_with_path(other["params"]), jax.tree.leaves(state["params"]), strict=True)
+        for (path, ours), theirs in pairs:
+            assert_close(ours, theirs, "float32", reduction=B * T, gradient=True, name=jax.tree_util.keystr(path))
+    assert np.abs(np.asarray(state["params"]["embedding"]) - np.asarray(start["embedding"])).max() > 1e-4
+
+    # Negative control: the mean of the parts' means is another loss.
+    rows = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(B)]
+    means = [total / count for total, count in (trainer.loss(start, row) for row in rows)]
+    assert abs(np.mean(means) - float(metrics["loss"])) > 1e-3
+
+
+def test_masked_batch_changes_nothing_but_counts_zero(trainer):
+    batch = make_batch() | {"loss_mask": np.zeros((B, T), np.float32)}
+    _, metrics = trainer.step(trainer.init(), batch, 0)
+    assert float(metrics["loss"]) == 0
+    assert float(metrics["grad_norm"]) == 0
+    assert bool(metrics["finite"])
+
+
+@pytest.mark.parametrize("poison", ["batch", "parameter", "infinite parameter"])
+def test_not_finite_leaves_the_state_for_good(trainer, poison):
+    batch, state = make_batch(), trainer.init()
+    state, _ = trainer.step(state, batch, 0)
+    bad = batch
+    if poison == "batch":
+        bad = batch | {"loss_mask": np.where(np.arange(T) == 3, np.nan, batch["loss_mask"]).astype(np.float32)}
+    else:
+        value = np.nan if poison == "parameter" else np.inf
+        state["params"]["final_norm"]["scale"] = state["params"]["final_norm"]["scale"].at[2].set(value)
+    before = copy(state)
+    state, metrics = trainer.step(state, bad, 1)
+    assert not bool(metrics["finite"])
+    assert not np.isfinite(float(metrics["loss"]))
+    assert not bool(state["finite"])
+    for name in ("params", "opt_state"):
+        assert_bitwise(state[name], before[name])
+
+    if poison != "batch":  # cured, it must still not go on
+        state["params"]["final_norm"]["scale"] = jnp.ones_like(state["params"]["final_norm"]["scale"])
+        before = copy(state)
+    state, metrics = trainer.step(state, batch, 2)
+    assert np.isfinite(float(metrics["loss"]))
+    assert np.isfinite(float(metrics["grad_norm"]))
+    assert not bool(metrics["finite"])
+    assert not bool(state["finite"])
+    for name in ("params", "opt_state"):
+        assert_bitwise(state[name], before[name])
+
+    # Negative control: with the flag set the same step does move the state.
+    state, metrics = trainer.step(state | {"finite": jnp.array(True)}, batch, 2)
+    assert bool(metrics["finite"])
+    assert not np.array_equal(state["params"]["embedding"], before["params"]["embedding"])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_overfits_one_batch(mixer, trainer):
+    """Interdomain with the chunkwise backend; the others with the one that compiles faster."""
+    batch = make_batch()
+    if mixer != "interdomain":
+        trainer = Trainer(make_config(mixer, peak_lr=3e-2, backend="recurrent"))
+    state, losses = trainer.init(), []
+    for step in range(40):
+        state, metrics = trainer.step(state, batch, step)
+        losses.append(float(metrics["loss"]))
+    assert bool(metrics["finite"])
+    assert abs(losses[0] - np.log(V)) < 0.1
+    assert losses[-1] < 1.0
+    assert trainer.step._cache_size() == 1
+
+
+def test_remat_same_numbers():
+    batch = make_batch()
+    trainers = [Trainer(make_config("interdomain", remat=remat, eps=1e-2)) for remat in ("none", "block")]
+    (state, metrics), (again, again_metrics) = (trainer.step(trainer.init(), batch, 0) for trainer in trainers)
+    for name, value in metrics.items():
+        assert_close(again_metrics[name], value, "float32", reduction=B * T, gradient=True, name=name)
+    pairs = zip(jax.tree.leaves_with_path(again), jax.tree.leaves(state), strict=True)
+    for (path, ours), theirs in pairs:
+        assert_close(ours, theirs, "float32", reduction=B * T, gradient=True, name=jax.tree_util.keystr(path))
+    # The loss recomputes its logits in either program; the blocks only in the second.
+    counts = [
+        len(
+            re.findall(
+                r"\b(remat2?|checkpoint)\[", str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch, 0))
+            )
+        )
+        for trainer in trainers
+    ]
+    assert counts[1] > counts[0] >= 1
+
+
+def test_remat_saves_memory(optimised):
+    """Six softmax layers of 128 tokens: the attention weights of one layer at a time rather than of all."""
+    sizes = {}
+    for remat in ("none", "block"):
+        config = make_config("softmax", remat=remat, num_layers=6)
+        trainer = Trainer(config)
+        batch = {name: jax.ShapeDtypeStruct((B, 128), x.dtype) for name, x in make_batch().items()}
+        compiled = trainer.step.lower(trainer.abstract_state(), batch, 0).compile()
+        sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
+    weights = 4 * B * 2 * 128 * 128  # of one layer, float32
+    assert sizes["none"] > 6 * weights
+    assert sizes["none"] - sizes["block"] > 4 * weights

@@ -1,0 +1,381 @@
+"""The whole run: its files, bit-exact resumption after a kill, starts from weights, and failures that say why."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
+
+from idattn.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SSMConfig,
+    TrainConfig,
+    from_config_dict,
+)
+from idattn.data import load_data, train_iterator
+from idattn.train import loop, train
+from idattn.train.checkpoint import load_params
+from idattn.train.metrics import read_metrics
+from idattn.train.step import Trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+CHILD = """
+import json, sys, time
+from idattn.config import from_config_dict
+from idattn.train import loop, train
+
+pause = float(sys.argv[3])
+write = loop.MetricsWriter.write
+
+def slow_write(self, step, scalars):
+    write(self, step, scalars)
+    time.sleep(pause)
+
+loop.MetricsWriter.write = slow_write
+train(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def make_config(source, *, mixer="interdomain", seed=42, vocab_size=257, seq_len=16, optim=None, **changes):
+    model = ModelConfig(
+        vocab_size=vocab_size,
+        model_dim=12,
+        num_layers=1,
+        num_heads=2,
+        mlp_dim=16,
+        mixers=(mixer,),
+        ssm=SSMConfig(num_modes=4),
+    )
+    values = dict(
+        steps=STEPS, batch_size=4, log_every=1, eval_every=6, eval_batches=3, checkpoint_every=4, keep_latest=2
+    )
+    return Config(
+        seed=seed,
+        model=model,
+        data=DataConfig(source=str(source), holdout=("held out",), seq_len=seq_len),
+        optim=optim or OptimConfig(peak_lr=1e-2, warmup_steps=2),
+        train=TrainConfig(**(values | changes)),
+        compute=ComputeConfig(dtype="float32", chunk_size=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Seven documents of random words, so that windows differ and some hold a border."""
+    rng = np.random.default_rng(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
+    rows = [{"id": f"d{i}", "text": " ".join(rng.choice(words, 30 + i))} for i in range(6)]
+    rows.append({"id": "held out", "text": " ".join(rng.choice(words, 50))})
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The runs of this module compile the same step; the relaunched run does not use this, and compiles anew."""
+    folder = tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache_lib.reset_cache()
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache_lib.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """(config, workdir, returned dictionary) of an uninterrupted run."""
+    config = make_config(corpus, ngram_orders=2, sample_prompt="the", sample_tokens=5)
+    workdir = tmp_path_factory.mktemp("runs") / "a"
+    return config, workdir, train(config, workdir)
+
+
+def rows_of(workdir, key):
+    """[(step, value)] of the lines of metrics.jsonl that have `key`, in their order."""
+    return [(row["step"], row[key]) for row in read_metrics(workdir / "metrics.jsonl") if key in row]
+
+
+def steps_of(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_same_arrays(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def some_differ(actual, expected):
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_files_and_metrics(finished):
+    config, workdir, _ = finished
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints",
+    }  # fmt: skip
+    assert from_config_dict(json.loads((workdir / "config.json").read_text())) == config
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.stat().st_size > 0 for path in (workdir / "tensorboard").iterdir()] == [True]
+    assert steps_of(workdir) == [8, 12]
+    losses = rows_of(workdir, "loss")
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert abs(losses[0][1] - np.log(257)) < 0.1  # a new model knows nothing
+    assert losses[-1][1] < losses[0][1] - 0.3
+    assert all(speed > 0 for _, speed in rows_of(workdir, "tokens_per_second"))
+    rates = [rate for _, rate in rows_of(workdir, "learning_rate")]
+    assert rates[:2] == pytest.approx([5e-3, 1e-2])
+    assert rates[-1] == pytest.approx(1e-5)
+    assert all(48 < tokens <= 64 for _, tokens in rows_of(workdir, "tokens"))
+    assert any(tokens < 64 for _, tokens in rows_of(workdir, "tokens"))  # borders of documents do not count
+
+
+def test_returned_values(finished):
+    config, workdir, result = finished
+    assert set(result) == {"step", "val_loss", "best_val_loss", "parameters", "ngram_losses", "sample"}
+    assert result["step"] == STEPS
+    validation = rows_of(workdir, "val_loss")
+    assert [step for step, _ in validation] == [6, 12]
+    assert result["val_loss"] == validation[-1][1]
+    assert result["best_val_loss"] == min(loss for _, loss in validation)
+    loaded, params, step = load_params(workdir)
+    assert (loaded, step) == (config, STEPS)
+    assert result["parameters"] == sum(x.size for x in jax.tree.leaves(params)) > 2 * 257 * 12
+    assert len(result["ngram_losses"]) == 2
+    assert all(0 < loss < np.log(257) for loss in result["ngram_losses"])
+    assert isinstance(result["sample"], str)
+    assert 1 <= len(result["sample"]) <= 5
+
+
+def test_best_differs_from_last(finished, tmp_path, capsys):
+    """The best loss of an earlier launch counts, though this launch evaluates only the last state."""
+    config, workdir, result = finished
+    lines = [dict(row) for row in read_metrics(workdir / "metrics.jsonl")]
+    for row in lines:
+        if row["step"] == 6 and "val_loss" in row:
+            row["val_loss"] = 1.25
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    again = train(config, copy)
+    assert again["best_val_loss"] == 1.25
+    assert again["val_loss"] == result["val_loss"]
+
+
+def test_finished_run_does_no_more_steps(finished, monkeypatch, capsys):
+    config, workdir, result = finished
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    calls = []
+    monkeypatch.setattr(Trainer, "_step", lambda *args: calls.append(args))
+    assert train(config, workdir) == result
+    assert calls == []
+    assert f"resumed {workdir} at step {STEPS}" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert steps_of(workdir) == [8, 12]
+
+
+def test_another_config_is_refused(finished):
+    config, workdir, _ = finished
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"config\.json is of another run \(seed: 42 there, 43 now\)"):
+        train(dataclasses.replace(config, seed=43), workdir)
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=17))
+    with pytest.raises(ValueError, match=r"data\.seq_len: 16 there, 17 now"):
+        train(longer, workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+
+
+def launch(config, workdir, *, pause, cache=None):
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(jax.config.read("jax_disable_most_optimizations")))
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(config)), str(workdir), str(pause)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def past_a_checkpoint(workdir):
+    """The step of the newest committed checkpoint if a later step is logged, else 0."""
+    if not (workdir / "metrics.jsonl").exists() or not (workdir / "checkpoints").exists():
+        return 0
+    saved, logged = steps_of(workdir), rows_of(workdir, "loss")
+    return saved[-1] if saved and logged and logged[-1][0] > saved[-1] else 0
+
+
+def test_resumes_bit_exact_after_sigkill(finished, tmp_path, compilation_cache):
+    config, reference, result = finished
+    workdir = tmp_path / "b"
+    child = launch(config, workdir, pause=0.3, cache=compilation_cache)
+    try:
+        deadline = time.monotonic() + 120
+        while not past_a_checkpoint(workdir):
+            assert child.poll() is None, child.communicate()[0]
+            assert time.monotonic() < deadline, "no checkpoint in two minutes"
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    killed_at = rows_of(workdir, "loss")[-1][0]
+    checkpoint = past_a_checkpoint(workdir)
+    assert 0 < checkpoint < killed_at < STEPS
+
+    child = launch(config, workdir, pause=0)
+    output, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, output
+    assert f"resumed {workdir} at step {checkpoint}\n" in output
+    assert f"  this model  {result['val_loss']:.3f}\n" in output
+    for key in ("loss", "grad_norm", "learning_rate", "tokens", "val_loss"):
+        assert rows_of(workdir, key) == rows_of(reference, key), key  # the same numbers, each step once
+    assert [step for step, _ in rows_of(workdir, "loss")] == list(range(1, STEPS + 1))
+    config_b, params_b, step_b = load_params(workdir)
+    config_a, params_a, step_a = load_params(reference)
+    assert (config_b, step_b) == (config_a, step_a) == (config, STEPS)
+    assert_same_arrays(params_b, params_a)
+    assert some_differ(params_a, load_params(reference, 8)[1])
+
+
+def test_another_seed_is_another_run(finished, corpus, tmp_path):
+    """Negative control of the bitwise comparisons: the numbers depend on the data order and the start."""
+    config, reference, _ = finished
+    train(make_config(corpus, seed=43), tmp_path / "c")
+    pairs = zip(rows_of(tmp_path / "c", "loss"), rows_of(reference, "loss"), strict=True)
+    assert all(ours != theirs for ours, theirs in pairs)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def before_first_step(monkeypatch):
+    """The (start, state) that a run would do its first step from; the run ends there."""
+    seen = []
+
+    def stop(self, start, state, checkpoints):
+        seen.append((start, state))
+        raise Stopped
+
+    monkeypatch.setattr(loop._Run, "_steps", stop)
+    return seen
+
+
+def test_init_from_starts_at_step_0_with_the_weights(finished, corpus, tmp_path, before_first_step, capsys):
+    _, reference, _ = finished
+    config = make_config(corpus, seed=7)
+    for options in ({"init_from": str(reference)}, {"init_from": str(reference / "checkpoints" / "8")}, {}):
+        with pytest.raises(Stopped):
+            train(config, tmp_path / str(len(before_first_step)), **options)
+    latest, eighth, fresh = before_first_step
+    assert (latest[0], eighth[0], fresh[0]) == (0, 0, 0)
+    assert_same_arrays(latest[1]["params"], load_params(reference)[1])
+    assert_same_arrays(eighth[1]["params"], load_params(reference, 8)[1])
+    expected = Trainer(config).init()
+    assert_same_arrays(fresh[1], expected)
+    assert some_differ(fresh[1]["params"], latest[1]["params"])
+    for name in ("opt_state", "finite"):  # moments and counts start anew
+        assert_same_arrays(latest[1][name], expected[name])
+    output = capsys.readouterr().out
+    assert f"weights from {reference}, step {STEPS}\n" in output
+    assert f"weights from {reference / 'checkpoints' / '8'}, step 8\n" in output
+    assert f"new run in {tmp_path / '0'}\n" in output
+
+
+@pytest.mark.parametrize("change", [{"model_dim": 16}, {"mixers": ("softmax",)}])
+def test_init_from_refuses_another_model(finished, corpus, tmp_path, change, before_first_step):
+    _, reference, _ = finished
+    config = make_config(corpus)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+    with pytest.raises(ValueError, match="holds the weights of another model"):
+        train(config, tmp_path / "run", init_from=str(reference))
+    assert before_first_step == []
+
+
+def test_not_finite_stops_with_the_state_before(corpus, tmp_path):
+    """A first step of absurd size succeeds; the second has no finite loss and must change nothing."""
+    config = make_config(
+        corpus, mixer="softmax", optim=OptimConfig(peak_lr=1e30, warmup_steps=0, clip_norm=1e30, ssm_lr_cap=1e30)
+    )
+    workdir = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"step 2: loss .*not-finite-at-step-2.*lower learning rate") as error:
+        train(config, workdir)
+    assert str(workdir / "not-finite-at-step-2") in str(error.value)
+    assert [step for step, _ in rows_of(workdir, "loss")] == [1]
+    assert steps_of(workdir) == []
+
+    trainer = Trainer(config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        aside = checkpointer.restore(workdir / "not-finite-at-step-2", trainer.abstract_state())
+    _, windows, _ = load_data(config.data)
+    batch = next(train_iterator(windows, config.train.batch_size, config.seed))
+    after_one, metrics = trainer.step(trainer.init(), batch, 0)
+    assert bool(metrics["finite"]) and bool(after_one["finite"])
+    assert not bool(aside["finite"])
+    for name in ("params", "opt_state"):
+        assert_same_arrays(aside[name], after_one[name])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(aside["params"]))
+    assert max(np.abs(x).max() for x in jax.tree.leaves(aside["params"])) > 1e29
+
+
+def test_inputs_that_do_not_fit(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"model\.vocab_size=256 must be at least the 257 tokens of .*'bytes'"):
+        train(make_config(corpus, vocab_size=256), workdir)
+    with pytest.raises(ValueError, match=r"has [1-9] windows, fewer than batch_size=64"):
+        train(make_config(corpus, seq_len=128, batch_size=64), workdir)
+    for window in ((0, 2), (3, 2), (2, STEPS + 1), (-1, 2)):
+        with pytest.raises(ValueError, match=rf"profile=\({window[0]}, {window[1]}\) must be .* of the {STEPS} "):
+            train(make_config(corpus), workdir, profile=window)
+    with pytest.raises(ValueError, match="heads_per_kv=2 needs a readout by queries"):
+        config = make_config(corpus, mixer="s4d")
+        ssm = dataclasses.replace(config.model.ssm, heads_per_kv=2)
+        train(dataclasses.replace(config, model=dataclasses.replace(config.model, ssm=ssm)), workdir)
+    assert not (workdir / "config.json").exists()  # so the corrected config may use the folder
+
+
+def test_profile_window_and_config_dict(corpus, tmp_path):
+    """A nested dict is as good as a Config; `config.json` is one. The later launch is past the window."""
+    config = make_config(corpus, mixer="softmax", steps=3, eval_every=3, checkpoint_every=3)
+    workdir = tmp_path / "run"
+    result = train(dataclasses.asdict(config), workdir, profile=(2, 2))
+    assert set(result) == {"step", "val_loss", "best_val_loss", "parameters"}
+    assert result["step"] == 3
+    traces = list((workdir / "profile").rglob("*.xplane.pb"))
+    assert [path.stat().st_size > 1000 for path in traces] == [True]
+    assert train(json.loads((workdir / "config.json").read_text()), workdir, profile=(2, 3)) == result
+    assert list((workdir / "profile").rglob("*.xplane.pb")) == traces
+
+
+def test_resume_inside_a_profile_window(corpus, tmp_path):
+    config = make_config(corpus, mixer="softmax", steps=3, eval_every=3, checkpoint_every=1, keep_latest=3)
+    workdir = tmp_path / "run"
+    whole = train(config, workdir)
+    assert steps_of(workdir) == [1, 2, 3]
+    for step in ("2", "3"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    assert train(config, workdir, profile=(1, 2)) == whole
+    assert not (workdir / "profile").exists()
+    assert steps_of(workdir) == [1, 2, 3]
