@@ -90,6 +90,15 @@ def test_frequencies_are_those_of_the_logits(model):
     assert p.max() < 0.9  # there is something to sample
 
 
+def test_positions_are_sampled_independently(model):
+    """Where every token is as likely, tokens one or two positions apart agree in 1 of 37 cases."""
+    prompt = np.repeat(PROMPT[:1], 1000, axis=0)
+    sample = np.asarray(generate(model, prompt, 3, temperature=1e6, seed=2))
+    assert len(np.unique(sample)) == V
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        assert abs(np.mean(sample[:, first] == sample[:, second]) - 1 / V) < 4 * np.sqrt(1 / V / 1000)
+
+
 def test_more_tokens_begin_with_the_same_greedy_ones(model):
     np.testing.assert_array_equal(
         generate(model, PROMPT, 1, temperature=0), generate(model, PROMPT, N, temperature=0)[:, :1]
