@@ -97,10 +97,12 @@ class _Run:
         state = self.trainer.init()
         if not self.init_from:
             return state
-        _, params, step = load_params(self.init_from)
-        shapes, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, state["params"]))
-        if shapes != wanted:
-            raise ValueError(f"init_from={self.init_from!r} holds the weights of another model than this config's.")
+        stored, params, step = load_params(self.init_from)
+        if stored.model != self.config.model:
+            raise ValueError(
+                f"init_from={self.init_from!r} holds the weights of another model than this config's: {stored.model}, "
+                f"not {self.config.model}. Give this run the same model."
+            )
         print(f"weights from {self.init_from}, step {step}")
         return state | {"params": params}
 

@@ -58,7 +58,7 @@ class Trainer:
         loss, tokens, grads = self._gradients(state["params"], batch)
         updates, opt_state = self._optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         # After a loss or gradient that is not finite the state stays what it was, until the loop looks at it.
         finite = state["finite"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = {"params": params, "opt_state": opt_state}

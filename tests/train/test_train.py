@@ -304,7 +304,7 @@ def test_init_from_starts_at_step_0_with_the_weights(finished, corpus, tmp_path,
     assert f"new run in {tmp_path / '0'}\n" in output
 
 
-@pytest.mark.parametrize("change", [{"model_dim": 16}, {"mixers": ("softmax",)}])
+@pytest.mark.parametrize("change", [{"model_dim": 16}, {"mixers": ("softmax",)}, {"rope_base": 100.0}])
 def test_init_from_refuses_another_model(finished, corpus, tmp_path, change, before_first_step):
     _, reference, _ = finished
     config = make_config(corpus)
