@@ -1,6 +1,9 @@
 # `make quickstart` and `make test` do all set-up themselves; PY=python3.12 picks another interpreter.
 PY ?= python3
 VERSION := $(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+$(error $(PY) does not run; name a Python of version 3.11 or newer, as in `make test PY=python3.12`)
+endif
 VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
