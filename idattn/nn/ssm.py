@@ -140,7 +140,7 @@ class SSMMixer(nnx.Module):
     def _features(self, x: jax.Array, positions: jax.Array, mapped: bool) -> jax.Array:
         """Heads with rotary positions and, if `mapped`, the feature map xi, in the configured order."""
         after = mapped and self.config.ssm.rope_position == "after"
-        if mapped and after:
+        if after:
             x = feature_map(x)
         if self.kind.rope:
             x = rotate_positions(x, positions, self.config.rope_base)
