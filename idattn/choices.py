@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-BACKENDS = ("auto", "recurrent", "chunkwise")
+BACKENDS = ("auto", "recurrent", "associative", "chunkwise")
 READOUTS = ("transpose", "hermitian", "real")
 
 

@@ -143,7 +143,7 @@ class ComputeConfig:
 
     dtype: str = "bfloat16"  # of activations and matrix products; parameters, states and the loss are float32
     backend: str = "auto"  # of idattn.ops.interdomain_attention
-    chunk_size: int = 64  # K, tokens in a chunk of the chunkwise backend
+    chunk_size: int = 128  # K, tokens in a chunk of the op
     remat: str = "none"  # "block" recomputes every block in the backward pass
     loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time
 

@@ -21,7 +21,7 @@ BATCH = flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
 HEADS = flags.DEFINE_integer("num_heads", 4, "H.", lower_bound=1)
 HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "R = E.", lower_bound=1)
 MODES = flags.DEFINE_integer("num_modes", 64, "M.", lower_bound=1)
-CHUNKS = flags.DEFINE_multi_integer("chunk_size", [64], "K, may be given several times.")
+CHUNKS = flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Runs, of which the best counts.", lower_bound=1)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # root-mean-square error of a gradient relative to the reference

@@ -1,7 +1,11 @@
 """Settings of all tests: quick compilation except where a test is about the compiled program."""
 
-import jax
-import pytest
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is there to compile with, would look for a TPU
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
 

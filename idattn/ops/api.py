@@ -1,14 +1,16 @@
 """The public functions of the layer's core: what they take and return, their checks, and the choice of a backend."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from idattn.choices import BACKENDS, READOUTS, check_choice
-from idattn.ops import chunkwise, recurrent
+from idattn.ops import chunks, chunkwise, recurrent
 from idattn.ops.discretize import Basis, discretize, multiply, output_matrices
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 
-DEFAULT_CHUNK_SIZE = 64
+DEFAULT_CHUNK_SIZE = 128
 
 
 def interdomain_attention(
@@ -37,10 +39,10 @@ def interdomain_attention(
         h // (H / G).
       v: (B, T, G, E) values after normalisation, v~.
       basis: parameters of the G states with M modes each.
-      backend: "recurrent" (the literal recurrence: the reference, slow), "chunkwise" (matrix products over chunks)
-        or "auto" (chunkwise).
-      chunk_size: tokens in a chunk of the chunkwise backend, at least 1; None for 64. Changes speed and memory
-        only.
+      backend: "recurrent" (the literal recurrence: the reference, slow), "chunkwise" (matrix products over chunks),
+        "associative" (the same with the state going through the chunks in a parallel scan; with chunk_size=1 a scan
+        over tokens) or "auto" (chunkwise).
+      chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
         -1 marks padding, whose output is 0 and which leaves the state as it is.
       initial_state: (B, G, 2, M, R + E) state that token 0's document continues from (not read if token 0 is
@@ -67,7 +69,7 @@ def interdomain_attention(
     state = _check_state(initial_state, (B, G, 2, _check_basis(basis, G), R + E), dtype)
     _check_segments(segment_ids, B, T)
     options = dict(readout=readout) | _chunk(backend, chunk_size, T)
-    o, state = _BACKENDS[backend].interdomain(q, k, v, _cast(basis, dtype), state, segment_ids, **options)
+    o, state = _INTERDOMAIN[backend](q, k, v, _cast(basis, dtype), state, segment_ids, **options)
     return (o, state) if return_state else o
 
 
@@ -111,7 +113,7 @@ def linear_readout(
     _check_segments(segment_ids, B, T)
     options = _chunk(backend, chunk_size, T)
     c_out = c_out.astype(dtype)
-    y, state = _BACKENDS[backend].linear(z, _cast(basis, dtype), c_out, state, segment_ids, **options)
+    y, state = _LINEAR[backend](z, _cast(basis, dtype), c_out, state, segment_ids, **options)
     return (y, state) if return_state else y
 
 
@@ -150,7 +152,7 @@ def step(
     to_u, to_w = output_matrices(basis, readout)
     y = jnp.einsum("bgjr,bgmr->bgjm", q.reshape(B, G, H // G, R).astype(dtype), X_k, precision="highest")
     w = jnp.einsum("gom,gmn,bgjn->bgjo", to_w, to_u, y, precision="highest", optimize=[(1, 2), (0, 1)])
-    o = jnp.einsum("bgjm,bgme->bgje", chunkwise.real_part(w), X_v, precision="highest")
+    o = jnp.einsum("bgjm,bgme->bgje", chunks.real_part(w), X_v, precision="highest")
     return o.reshape(B, H, E).astype(q.dtype), state
 
 
@@ -181,7 +183,21 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
     return y.astype(z.dtype), state
 
 
-_BACKENDS = {"auto": chunkwise, "recurrent": recurrent, "chunkwise": chunkwise}
+_CHUNKWISE = (chunkwise.forward, chunkwise.backward)
+_ASSOCIATIVE = tuple(partial(f, scan=chunkwise.associative_scan, group=None) for f in _CHUNKWISE)
+_INTERDOMAIN = {
+    "auto": partial(chunks.interdomain, rule=_CHUNKWISE),
+    "recurrent": recurrent.interdomain,
+    "associative": partial(chunks.interdomain, rule=_ASSOCIATIVE),
+    "chunkwise": partial(chunks.interdomain, rule=_CHUNKWISE),
+}
+_LINEAR = {
+    "auto": chunkwise.linear,
+    "recurrent": recurrent.linear,
+    "associative": partial(chunkwise.linear, scan=chunkwise.associative_scan),
+    "chunkwise": chunkwise.linear,
+}
+_WITHOUT_CHUNKS = ("recurrent",)
 
 
 def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:
@@ -194,7 +210,7 @@ def _chunk(backend: str, chunk_size: int | None, T: int) -> dict[str, int]:
     size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
     if size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
-    return {} if _BACKENDS[backend] is recurrent else {"chunk_size": min(size, T)}
+    return {} if backend in _WITHOUT_CHUNKS else {"chunk_size": min(size, T)}
 
 
 def _check_names(*, backend: str = "auto", readout: str = "transpose") -> None:

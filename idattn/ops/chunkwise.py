@@ -1,40 +1,24 @@
-"""The recurrence in chunks of K tokens: matrix products in real planes, exact for any decay and any length.
+"""The chunked recurrence as matrix products in XLA: fast on every platform, and what the kernels are compared with.
 
-With X^0 the state at a chunk's start and t, s counted inside the chunk from 0,
-
-    S[t,s] = q_t . k_s                                                    (s <= t)
-    y_t    = lambda^{t+1} (X_k^0 q_t) + sum_{s<=t} S[t,s] beta lambda^{t-s}
-    w_t    = C^T f(C y_t)
-    P[t,s] = Re sum_m w_t[m] beta_m lambda_m^{t-s}                        (s <= t)
-    o_t    = Re (w_t lambda^{t+1})^T X_v^0 + sum_s P[t,s] v_s
-    X^K    = lambda^K X^0 + sum_s beta lambda^{K-1-s} [k_s, v_s]^T
-
-Decays enter only as powers lambda^l with l >= 0, through tables over the lag l = t - s; `_skew` turns the
-columns of a matrix from s to l and back. So nothing overflows, however fast a mode forgets. The states at the
-chunks' starts are the only thing that crosses chunks.
-
-Shapes inside: heads before chunks, (B, G, N, K, ...), queries with an axis J = H / G, modes as 2M planes.
+See `idattn.ops.chunks` for the equations. Shapes inside: heads before chunks, (B, G, N, K, ...), queries with an axis
+J = H / G, modes as 2M planes. `_skew` turns the columns of a matrix from tokens s to lags l = t - s and back: it is
+its own inverse on lower triangles, and its own transpose.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, powers
+from idattn.ops.chunks import Tables, final_state, lag_tables, pad_to_chunks
+from idattn.ops.discretize import Basis, multiply, output_matrices
 from idattn.ops.product import product
-from idattn.ops.segments import PADDING, last_token, run_index
+from idattn.ops.segments import PADDING, last_token
+
+GROUP = 16  # chunks worked on at the same time: enough to fill a processor, few enough to bound the memory
 
 
-class _Tables(NamedTuple):
-    """The constants of a chunk, functions of the basis alone."""
-
-    lags: jax.Array  # beta lambda^l, l = 0..K-1, (G, K, 2M)
-    rotations: jax.Array  # lambda^{t+1}, t = 0..K-1, (G, K, 2, M)
-
-
-class _Runs(NamedTuple):
+class _Masks(NamedTuple):
     """Which tokens see which, chunk by chunk; absent (None) where every row is one document without padding."""
 
     within: jax.Array  # (B, 1, N, 1, K, K) token t sees token s of its chunk
@@ -43,34 +27,169 @@ class _Runs(NamedTuple):
     keep: jax.Array  # (N, B, 1, 1, 1, 1) the state at the chunk's start is in the one at its end
 
 
-def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout, chunk_size):
-    """Eq. 11 and 13 in chunks; shapes as in `idattn.ops.interdomain_attention`."""
-    B, T, H, R = q.shape
-    G = k.shape[2]
-    tables = _tables(basis, chunk_size)
-    q, k, v, runs = _split(q, k, v, segment_ids=segment_ids, chunk_size=chunk_size)
-    q = q.reshape(B, G, H // G, *q.shape[2:]).swapaxes(2, 3)  # (B, G, N, J, K, R)
-    z = jnp.concatenate([k, v], axis=-1)
-    starts = _start_states(z, tables, initial_state, runs)
-    to_u, to_w = output_matrices(basis, readout)
-    readout_matrix = jnp.matmul(to_w, to_u, precision="highest")
-    # Recomputed in the backward pass: a scan over layers keeps q, k, v and the states only. (Without barriers against
-    # common subexpressions, which scanned layers do not need, and which cost a single call a quarter of its time.)
-    o = jax.checkpoint(partial(_read_chunks, R=R), prevent_cse=False)(q, z, starts, tables, readout_matrix, runs)
-    o = o.swapaxes(2, 3).reshape(B, H, -1, v.shape[-1])
-    o = jnp.moveaxis(o, 1, 2)[:, :T]
-    return o, _final_state(z, starts, tables, initial_state, runs, segment_ids, T)
+class _Read(NamedTuple):
+    """What the queries of a chunk make of the state, (B, G, N, J, K, ...)."""
+
+    scores: jax.Array  # S[t, t - l], width K
+    found: jax.Array  # X_k^0 q_t, width 2M
+    y: jax.Array  # X_k q_t, width 2M
+    w: jax.Array  # with the sign of Re, width 2M
+    turned: jax.Array  # w_t lambda^{t+1}, width 2M
+    weights: jax.Array  # P[t, s], width K
 
 
-def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size):
-    """The learned linear readout in chunks: one real convolution kernel a head, h(l) = Re(c_out^T C beta lambda^l)."""
-    B, T, H, W = z.shape
-    tables = _tables(basis, chunk_size)
-    z, runs = _split(z, segment_ids=segment_ids, chunk_size=chunk_size)
-    starts = _start_states(z, tables, initial_state, runs)
-    y = jax.checkpoint(_convolve_chunks, prevent_cse=False)(z, starts, tables, fold(basis, c_out), runs)
-    y = jnp.moveaxis(y.reshape(B, H, -1, W), 1, 2)[:, :T]
-    return y, _final_state(z, starts, tables, initial_state, runs, segment_ids, T)
+def scan(decay, own, keep, first):
+    """before_{n+1} = keep_n decay before_n + own_n with before_0 = first, one chunk after another.
+
+    Args:
+      decay: (G, 2, M, 1).
+      own: (N, B, G, 2, M, W).
+      keep: (N, B, 1, 1, 1, 1) booleans, or None for all true.
+      first: (B, G, 2, M, W).
+
+    Returns:
+      before_0 ... before_{N-1} in the shape of `own`, and before_N.
+    """
+
+    def advance(state, chunk):
+        own, keep = chunk
+        carried = multiply(decay, state, axis=-3)
+        return (carried if keep is None else jnp.where(keep, carried, 0)) + own, state
+
+    after, before = jax.lax.scan(advance, first, (own, keep))
+    return before, after
+
+
+def associative_scan(decay, own, keep, first):
+    """What `scan` returns, in a depth of log N instead of N."""
+    decay = jnp.broadcast_to(decay, (*own.shape[:2], *decay.shape))
+    decay = decay if keep is None else jnp.where(keep, decay, 0)
+
+    def combine(early, late):
+        return multiply(late[0], early[0], axis=-3), multiply(late[0], early[1], axis=-3) + late[1]
+
+    decay, own = jax.lax.associative_scan(combine, (decay, own))
+    after = multiply(decay, first, axis=-3) + own
+    return jnp.concatenate([first[None], after[:-1]]), after[-1]
+
+
+def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=scan, group=GROUP):
+    """Outputs and the state at the start of `last_chunk`; see `idattn.ops.chunks`.
+
+    Args:
+      scan: how the states run through the chunks of a group.
+      group: chunks that are worked on at the same time, the groups one after another.
+    """
+    G, R = k.shape[2:]
+    (*arrays, runs), count = _groups((q, k, v), run, tables, group)
+
+    def body(carry, inputs):
+        state, last_start = carry
+        index, q, k, v, run = inputs
+        masks = _find_masks(run, tables)
+        q, k, v = _split_queries(q, G, tables), _split(k, tables), _split(v, tables)
+        starts, end = _states(_both(k, v, masks), tables, state, masks, scan)
+        X_k, X_v = jnp.split(_flat(starts), [R], axis=-1)
+        read = _read(q, k, X_k, tables, masks)
+        o = product("bgnjts,bgnse->bgnjte", read.weights, v, q.dtype)
+        o = o + product("bgnjtm,nbgme->bgnjte", read.turned, X_v, q.dtype)
+        is_last = _is_last(index, last_chunk, starts)
+        last_start = last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)
+        return (end, last_start), _join_queries(o.astype(q.dtype))
+
+    carry = (initial_state, jnp.zeros_like(initial_state))
+    (_, last_start), o = jax.lax.scan(body, carry, (jnp.arange(count), *arrays, runs))
+    return _ungroup(o, q), last_start
+
+
+def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, scan=scan, group=GROUP):
+    """The cotangents of q, k, v, tables and initial_state; the forward pass is recomputed from these."""
+    d_o, d_last = cotangents
+    G, R, dtype = *k.shape[2:], q.dtype
+    (*arrays, runs), count = _groups((q, k, v, d_o), run, tables, group)
+
+    def fold(state, inputs):
+        k, v, run = inputs
+        masks = _find_masks(run, tables)
+        return _states(_both(_split(k, tables), _split(v, tables), masks), tables, state, masks, scan)[1], state
+
+    def body(carry, inputs):
+        d_end, d_tables = carry
+        index, state, q, k, v, d_o, run = inputs
+        masks = _find_masks(run, tables)
+        q, d_o = _split_queries(q, G, tables), _split_queries(d_o, G, tables)
+        k, v = _split(k, tables), _split(v, tables)
+        z = _both(k, v, masks)
+        starts, _ = _states(z, tables, state, masks, scan)
+        X_k, X_v = jnp.split(_flat(starts), [R], axis=-1)
+        read = _read(q, k, X_k, tables, masks)
+
+        # o = P v + turned X_v, with P = skew(w lags^T) and turned = w conj(rotations), since w carries the sign of Re
+        d_weights = _skew(_within(product("bgnjte,bgnse->bgnjts", d_o, v, dtype), masks))
+        d_turned = _from_start(product("bgnjte,nbgme->bgnjtm", d_o, X_v, dtype), masks)
+        d_w = product("bgnjtl,glm->bgnjtm", d_weights, tables.lags, dtype) + _rotate(d_turned, tables.rotations)
+        # w = readout y, with y = skew(S) lags + carried and carried = found rotations
+        d_y = product("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype)
+        d_scores = _within(_skew(product("bgnjtm,glm->bgnjtl", d_y, tables.lags, dtype)), masks)
+        d_carried = _from_start(d_y, masks)
+        d_found = _rotate(d_carried, _conjugate(tables.rotations))
+        # S = q k^T and found = q X_k^T
+        d_q = product("bgnjts,bgnsr->bgnjtr", d_scores, k, dtype)
+        d_q += product("bgnjtm,nbgmr->bgnjtr", d_found, X_k, dtype)
+
+        # The start states, last chunk first.
+        d_X_k = product("bgnjtm,bgnjtr->nbgmr", d_found, q, dtype)
+        d_X_v = product("bgnjtm,bgnjte->nbgme", read.turned, d_o, dtype)
+        d_starts = jnp.concatenate([d_X_k, d_X_v], axis=-1).reshape(starts.shape)
+        d_starts += jnp.where(_is_last(index, last_chunk, starts), d_last, 0)
+        decay = _conjugate(tables.rotations[:, -1, ..., None], axis=-3)
+        # The scan's entry n is the cotangent of the state at the end of chunk n, counted from the last.
+        keep = None if masks is None else masks.keep[::-1]
+        d_ends, d_state = scan(decay, d_starts[::-1], keep, d_end)
+        d_ends = d_ends[::-1]
+        d_X = _flat(d_ends)
+
+        d_z = product("gsm,nbgmw->bgnsw", tables.lags[:, ::-1], d_X, dtype)
+        d_z = d_z if masks is None else jnp.where(masks.end, d_z, 0)
+        d_k = product("bgnjts,bgnjtr->bgnsr", d_scores, q, dtype) + d_z[..., :R]
+        d_v = product("bgnjts,bgnjte->bgnse", read.weights, d_o, dtype) + d_z[..., R:]
+
+        d_lags = product("bgnjtl,bgnjtm->glm", read.scores, d_y, dtype)
+        d_lags += product("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
+        d_lags += product("bgnsw,nbgmw->gsm", z, d_X, dtype)[:, ::-1]
+        d_turning = multiply(_conjugate(_planes(read.found)), _planes(d_carried))
+        d_turning += multiply(_planes(read.w), _conjugate(_planes(d_turned)))
+        kept = starts if masks is None else jnp.where(masks.keep, starts, 0)
+        d_decay = jnp.sum(multiply(_conjugate(kept, axis=-3), d_ends, axis=-3), axis=(0, 1, -1))
+        d_rotations = jnp.sum(d_turning, axis=(0, 2, 3)).at[:, -1].add(d_decay)
+        d_readout = product("bgnjto,bgnjtm->gom", d_w, read.y, dtype)
+        d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_rotations, d_readout))
+        d_inputs = _join_queries(d_q), _join(d_k), _join(d_v)
+        return (d_state, d_tables), tuple(x.astype(dtype) for x in d_inputs)
+
+    _, states = jax.lax.scan(fold, initial_state, (*arrays[1:3], runs))
+    zeros = jax.tree.map(jnp.zeros_like, (initial_state, tables))
+    inputs = (jnp.arange(count), states, *arrays, runs)
+    (d_state, d_tables), d_inputs = jax.lax.scan(body, zeros, inputs, reverse=True)
+    return *map(_ungroup, d_inputs, (q, k, v)), d_tables, d_state
+
+
+def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size, scan=scan):
+    """The learned linear readout in chunks: one real convolution kernel a head, h(l) = Re(c_out^T C beta lambda^l).
+
+    Shapes as in `idattn.ops.linear_readout`.
+    """
+    B, T = z.shape[:2]
+    tables = Tables(*lag_tables(basis, chunk_size), None)
+    last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
+    (z,), run = pad_to_chunks((z,), segment_ids, chunk_size)
+    masks = _find_masks(run, tables)
+    split = _split(z, tables)
+    own = split if masks is None else jnp.where(masks.end, split, 0)
+    starts, _ = _states(own, tables, initial_state, masks, scan)
+    y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, fold(basis, c_out), masks)
+    start = starts[jnp.maximum(last, 0) // chunk_size, jnp.arange(B)]
+    return _join(y)[:, :T], final_state((z,), start, tables.lags, tables.rotations, initial_state, run, last)
 
 
 def fold(basis: Basis, c_out: jax.Array) -> jax.Array:
@@ -80,141 +199,147 @@ def fold(basis: Basis, c_out: jax.Array) -> jax.Array:
     return jnp.einsum("gm,gmn->gn", c_out, to_u[:, :M], precision="highest")
 
 
-def _tables(basis: Basis, K: int) -> _Tables:
-    lam, beta = discretize(basis)
-    table = jnp.moveaxis(powers(lam, K), 0, 1)  # (G, K + 1, 2, M)
-    lags = multiply(beta[:, None], table[:, :K])
-    return _Tables(lags.reshape(*lags.shape[:2], -1), table[:, 1:])
-
-
-def _split(*arrays: jax.Array, segment_ids, chunk_size: int):
-    """Arrays (B, T, G, width) in chunks (B, G, N, K, width), T padded to a multiple of K, and their runs."""
+def _groups(arrays, run: jax.Array | None, tables: Tables, group: int | None):
+    """Arrays and runs (B, T, ...) as (groups, B, tokens of a group, ...), padded at the end; and how many groups."""
     B, T = arrays[0].shape[:2]
-    pad = -T % chunk_size
-    runs = None
-    if segment_ids is not None:
-        is_token = (segment_ids != PADDING)[..., None, None]
-        arrays = tuple(jnp.where(is_token, x, 0) for x in arrays)  # whatever padding holds, NaN included
-        runs = _find_runs(jnp.pad(segment_ids, ((0, 0), (0, pad)), constant_values=PADDING), chunk_size)
+    K = tables.lags.shape[1]
+    count = 1 if group is None else -(-T // (K * group))
+    length = -(-T // (K * count)) * K
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 3, 1)
+    def split(x, fill):
+        x = jnp.pad(x, ((0, 0), (0, count * length - T), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(B, count, length, *x.shape[2:]), 1, 0)
 
-    return *map(split, arrays), runs
+    if run is not None:
+        run = split(run, PADDING)
+        before = jnp.pad(run[:-1, :, -1:], ((1, 0), (0, 0), (0, 0)))
+        run = jnp.where(run == PADDING, PADDING, run - before)  # 0 is the run of the state that the group starts from
+    return (*(split(x, 0) for x in arrays), run), count
 
 
-def _find_runs(segment_ids: jax.Array, K: int) -> _Runs:
-    B = segment_ids.shape[0]
-    # Padding gets a run of its own sign, so that no token sees it and it sees none.
-    run = jnp.where(segment_ids == PADDING, -1, run_index(segment_ids)).reshape(B, -1, K)
+def _ungroup(x: jax.Array, like: jax.Array) -> jax.Array:
+    """(groups, B, tokens of a group, ...) as (B, T, ...)."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]]
+
+
+def _split(x: jax.Array, tables: Tables) -> jax.Array:
+    """(B, T, G, width) in chunks (B, G, N, K, width)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, tables.lags.shape[1], *x.shape[2:]), 3, 1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 1, 3)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _split_queries(x: jax.Array, G: int, tables: Tables) -> jax.Array:
+    """(B, T, H, width) in chunks (B, G, N, J, K, width)."""
+    x = x.reshape(x.shape[0], -1, tables.lags.shape[1], G, x.shape[2] // G, x.shape[3])
+    return x.transpose(0, 3, 1, 4, 2, 5)
+
+
+def _join_queries(x: jax.Array) -> jax.Array:
+    B, G, N, J, K, width = x.shape
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * K, G * J, width)
+
+
+def _find_masks(run: jax.Array | None, tables: Tables) -> _Masks | None:
+    if run is None:
+        return None
+    run = run.reshape(run.shape[0], -1, tables.lags.shape[1])
     previous = jnp.pad(run[:, :-1, -1], ((0, 0), (1, 0)))  # run of the state at the chunk's start: first run 0
     within = (run[:, :, :, None] == run[:, :, None, :]) & (run >= 0)[..., None]
     start = (run == previous[..., None]) & (run >= 0)
     end = run == run[..., -1:]
-    keep = start[..., -1].T
-    return _Runs(
+    return _Masks(
         within[:, None, :, None],
         start[:, None, :, None, :, None],
         end[:, None, :, :, None],
-        keep[..., None, None, None, None],
+        start[..., -1].T[..., None, None, None, None],
     )
 
 
-def _start_states(z, tables: _Tables, initial_state, runs) -> jax.Array:
-    """The states at the chunks' starts, (N, B, G, 2, M, R + E), from z (B, G, N, K, R + E)."""
-    if runs is not None:
-        z = jnp.where(runs.end, z, 0)
-    own = product("bgnsw,gsm->nbgmw", z, tables.lags[:, ::-1], z.dtype)
-    own = own.reshape(own.shape[0], *initial_state.shape).astype(initial_state.dtype)
-    decay = tables.rotations[:, -1, ..., None]  # lambda^K, (G, 2, M, 1)
+def _is_last(index, last_chunk: jax.Array, starts: jax.Array) -> jax.Array:
+    """Which chunks of group `index` are their row's `last_chunk`, (N, B, 1, 1, 1, 1)."""
+    N = starts.shape[0]
+    return (index * N + jnp.arange(N)[:, None] == last_chunk)[..., None, None, None, None]
 
-    def advance(state, chunk):
-        own, keep = chunk
-        carried = multiply(decay, state, axis=-3)
-        return (carried if keep is None else jnp.where(keep, carried, 0)) + own, state
 
-    return jax.lax.scan(advance, initial_state, (own, None if runs is None else runs.keep))[1]
+def _within(x: jax.Array, masks: _Masks | None) -> jax.Array:
+    return x if masks is None else jnp.where(masks.within, x, 0)
+
+
+def _from_start(x: jax.Array, masks: _Masks | None) -> jax.Array:
+    return x if masks is None else jnp.where(masks.start, x, 0)
+
+
+def _both(k: jax.Array, v: jax.Array, masks: _Masks | None) -> jax.Array:
+    """What the chunk's tokens add to the state, (B, G, N, K, R + E)."""
+    z = jnp.concatenate([k, v], axis=-1)
+    return z if masks is None else jnp.where(masks.end, z, 0)
+
+
+def _flat(states: jax.Array) -> jax.Array:
+    """States (N, B, G, 2, M, W) with flattened planes, (N, B, G, 2M, W)."""
+    return states.reshape(*states.shape[:3], -1, states.shape[-1])
+
+
+def _planes(rows: jax.Array) -> jax.Array:
+    """Rows (..., 2M) as planes (..., 2, M)."""
+    return rows.reshape(*rows.shape[:-1], 2, -1)
+
+
+def _conjugate(planes: jax.Array, axis: int = -2) -> jax.Array:
+    shape = [1] * planes.ndim
+    shape[axis] = 2
+    return planes * jnp.asarray([1, -1], planes.dtype).reshape(shape)
+
+
+def _rotate(rows: jax.Array, rotations: jax.Array) -> jax.Array:
+    """Rows of flattened planes (B, G, N, J, K, 2M), each mode times its complex number of rotations (G, K, 2, M)."""
+    return multiply(_planes(rows), rotations[:, None, None]).reshape(rows.shape)
 
 
 def _skew(x: jax.Array) -> jax.Array:
-    """y[..., t, l] = x[..., t, t - l] for l <= t, else 0, for square matrices: swaps lags and tokens either way."""
+    """y[..., t, l] = x[..., t, t - l] for l <= t, else 0, for square matrices."""
     K = x.shape[-1]
     x = jnp.pad(x[..., ::-1], [(0, 0)] * (x.ndim - 1) + [(0, K)])
     x = x.reshape(*x.shape[:-2], 2 * K * K)[..., K - 1 : K - 1 + K * (2 * K - 1)]
     return x.reshape(*x.shape[:-1], K, 2 * K - 1)[..., :K]
 
 
-def _rotate(rows: jax.Array, rotations: jax.Array) -> jax.Array:
-    """Rows of flattened planes (B, G, N, J, K, 2M), each mode turned and damped by lambda^{t+1} (G, K, 2, M)."""
-    planes = rows.reshape(*rows.shape[:-1], *rotations.shape[-2:])
-    return multiply(planes, rotations[:, None, None]).reshape(rows.shape)
+def _states(z, tables: Tables, first, masks: _Masks | None, scan) -> tuple[jax.Array, jax.Array]:
+    """The states at the chunks' starts, (N, B, G, 2, M, W), and after the last, from what the tokens add."""
+    own = product("bgnsw,gsm->nbgmw", z, tables.lags[:, ::-1], z.dtype)
+    own = own.reshape(own.shape[0], *first.shape).astype(first.dtype)
+    decay = tables.rotations[:, -1, ..., None]  # lambda^K
+    return scan(decay, own, None if masks is None else masks.keep, first)
 
 
-def real_part(rows: jax.Array) -> jax.Array:
-    """Rows w of flattened planes such that their product with planes of x is Re(w x): the imaginary half negated."""
-    M = rows.shape[-1] // 2
-    return jnp.concatenate([rows[..., :M], -rows[..., M:]], axis=-1)
-
-
-def _read_chunks(q, z, starts, tables: _Tables, readout_matrix, runs, *, R: int) -> jax.Array:
-    """o (B, G, N, J, K, E) from q (B, G, N, J, K, R), z (B, G, N, K, R + E) and the chunks' start states."""
+def _read(q, k, X_k, tables: Tables, masks: _Masks | None) -> _Read:
     dtype = q.dtype
-    k, v = z[..., :R], z[..., R:]
-    state = starts.reshape(*starts.shape[:3], -1, starts.shape[-1])  # (N, B, G, 2M, R + E)
-
-    scores = product("bgnjtr,bgnsr->bgnjts", q, k, dtype)
-    if runs is not None:
-        scores = jnp.where(runs.within, scores, 0)
-    y = product("bgnjtl,glm->bgnjtm", _skew(scores), tables.lags, dtype)
-    carried = _rotate(product("bgnjtr,nbgmr->bgnjtm", q, state[..., :R], dtype), tables.rotations)
-    y = y + (carried if runs is None else jnp.where(runs.start, carried, 0))
-
-    w = real_part(product("bgnjtm,gom->bgnjto", y, readout_matrix, dtype))
-
-    weights = _skew(product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype))
-    if runs is not None:
-        weights = jnp.where(runs.within, weights, 0)
-    o = product("bgnjts,bgnse->bgnjte", weights, v, dtype)
-    # Re(w lambda x) with the sign of Re already on w, hence the conjugate rotation.
-    turned = _rotate(w, tables.rotations * jnp.asarray([1, -1], w.dtype)[:, None])
-    turned = turned if runs is None else jnp.where(runs.start, turned, 0)
-    return (o + product("bgnjtm,nbgme->bgnjte", turned, state[..., R:], dtype)).astype(dtype)
+    scores = _skew(_within(product("bgnjtr,bgnsr->bgnjts", q, k, dtype), masks))
+    found = product("bgnjtr,nbgmr->bgnjtm", q, X_k, dtype)
+    carried = _from_start(_rotate(found, tables.rotations), masks)
+    y = product("bgnjtl,glm->bgnjtm", scores, tables.lags, dtype) + carried
+    w = product("bgnjtm,gom->bgnjto", y, tables.readout, dtype)
+    weights = _within(_skew(product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype)), masks)
+    turned = _from_start(_rotate(w, _conjugate(tables.rotations)), masks)
+    return _Read(scores, found, y, w, turned, weights)
 
 
-def _convolve_chunks(z, starts, tables: _Tables, folded, runs) -> jax.Array:
+def _convolve(z, starts, tables: Tables, folded, masks: _Masks | None) -> jax.Array:
     """y (B, G, N, K, W) from z (B, G, N, K, W), the chunks' start states and c_out^T C (G, 2M)."""
     dtype = z.dtype
     K = z.shape[3]
     kernel = jnp.einsum("gm,glm->gl", folded, tables.lags, precision="highest")
     toeplitz = _skew(jnp.broadcast_to(kernel[:, None], (kernel.shape[0], K, K)))
-    if runs is None:
+    if masks is None:
         y = product("gts,bgnsw->bgntw", toeplitz, z, dtype)
     else:
-        y = product("bgnts,bgnsw->bgntw", jnp.where(runs.within[:, :, :, 0], toeplitz[:, None], 0), z, dtype)
+        y = product("bgnts,bgnsw->bgntw", jnp.where(masks.within[:, :, :, 0], toeplitz[:, None], 0), z, dtype)
     # Re(c_out^T C lambda^{t+1} X): the folded row already carries the sign of the real part.
-    rows = multiply(
-        folded.reshape(-1, 1, 2, folded.shape[-1] // 2),
-        tables.rotations * jnp.asarray([1, -1], folded.dtype)[:, None],
-    )
-    state = starts.reshape(*starts.shape[:3], -1, starts.shape[-1])
-    carried = product("gtm,nbgmw->bgntw", rows.reshape(*rows.shape[:2], -1), state, dtype)
-    return (y + (carried if runs is None else jnp.where(runs.start[:, :, :, 0], carried, 0))).astype(dtype)
-
-
-def _final_state(z, starts, tables: _Tables, initial_state, runs, segment_ids, T: int) -> jax.Array:
-    """The state after each row's last token that is not padding, in the shape of `initial_state`."""
-    B, K = z.shape[0], z.shape[3]
-    last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
-    chunk, offset = jnp.maximum(last, 0) // K, jnp.maximum(last, 0) % K
-    rows = jnp.arange(B)
-    lag = offset[:, None] - jnp.arange(K)  # from each token of the chunk to the last one, (B, K)
-    in_state = lag >= 0
-    carried = multiply(tables.rotations[:, offset].swapaxes(0, 1)[..., None], starts[chunk, rows], axis=-3)
-    if runs is not None:
-        in_state &= runs.within[rows, 0, chunk, 0, offset]
-        carried = jnp.where(runs.start[rows, 0, chunk, 0, offset][..., None, None, None], carried, 0)
-    weights = jnp.where(in_state[..., None], tables.lags[:, jnp.maximum(lag, 0)], 0)  # (G, B, K, 2M)
-    own = product("gbsm,bgsw->bgmw", weights, z[rows, :, chunk], z.dtype)
-    state = carried + own.reshape(initial_state.shape)
-    return jnp.where((last >= 0)[:, None, None, None, None], state, initial_state)
+    rows = multiply(_planes(folded)[:, None], _conjugate(tables.rotations))
+    carried = product("gtm,nbgmw->bgntw", rows.reshape(*rows.shape[:2], -1), _flat(starts), dtype)
+    return (y + (carried if masks is None else jnp.where(masks.start[:, :, :, 0], carried, 0))).astype(dtype)
