@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-BACKENDS = ("auto", "recurrent", "associative", "chunkwise")
+BACKENDS = ("auto", "recurrent", "fft", "associative", "chunkwise", "pallas_tpu")
 READOUTS = ("transpose", "hermitian", "real")
 
 

@@ -1,12 +1,14 @@
 """The public functions of the layer's core: what they take and return, their checks, and the choice of a backend."""
 
+import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from idattn.choices import BACKENDS, READOUTS, check_choice
-from idattn.ops import chunks, chunkwise, recurrent
+from idattn.ops import chunks, chunkwise, fft, pallas_tpu, recurrent
 from idattn.ops.discretize import Basis, discretize, multiply, output_matrices
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 
@@ -40,9 +42,12 @@ def interdomain_attention(
       v: (B, T, G, E) values after normalisation, v~.
       basis: parameters of the G states with M modes each.
       backend: "recurrent" (the literal recurrence: the reference, slow), "chunkwise" (matrix products over chunks),
-        "associative" (the same with the state going through the chunks in a parallel scan; with chunk_size=1 a scan
-        over tokens) or "auto" (chunkwise).
-      chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only.
+        "fft" (convolutions by FFT: for the linear readout, no segments; of queries a reference for small T),
+        "associative" (chunkwise with the state going through the chunks in a parallel scan; with chunk_size=1 a scan
+        over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the platform that is compiled for:
+        pallas_tpu on TPUs where it can, else chunkwise).
+      chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
+        multiple of 128.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
         -1 marks padding, whose output is 0 and which leaves the state as it is.
       initial_state: (B, G, 2, M, R + E) state that token 0's document continues from (not read if token 0 is
@@ -55,7 +60,8 @@ def interdomain_attention(
       and imaginary planes, the keys' features before the values.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or a name is unknown.
+      ValueError: shapes or dtypes do not fit, also what the backend needs of them, or a name is unknown.
+      NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
     _check_names(backend=backend, readout=readout)
     _check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
@@ -66,10 +72,17 @@ def interdomain_attention(
     if H % G:
         raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
     dtype = _state_dtype(basis, q, k, v)
-    state = _check_state(initial_state, (B, G, 2, _check_basis(basis, G), R + E), dtype)
+    shape = (B, G, 2, _check_basis(basis, G), R + E)
+    state = None if initial_state is None else _check_state(initial_state, shape, dtype)
     _check_segments(segment_ids, B, T)
-    options = dict(readout=readout) | _chunk(backend, chunk_size, T)
-    o, state = _INTERDOMAIN[backend](q, k, v, _cast(basis, dtype), state, segment_ids, **options)
+    inputs = q, k, v, _cast(basis, dtype)
+    if backend in _WHOLE:
+        state = jnp.zeros(shape, dtype) if state is None else state
+        o, state = _WHOLE[backend].interdomain(*inputs, state, segment_ids, readout=readout)
+    else:
+        size = _chunk(backend, chunk_size, T)
+        rule = _choose_rule(backend, q, k, v, shape[3], size, dtype)
+        o, state = chunks.interdomain(*inputs, state, segment_ids, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
 
 
@@ -102,6 +115,7 @@ def linear_readout(
 
     Raises:
       ValueError: shapes or dtypes do not fit, or a name is unknown.
+      NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
     _check_names(backend=backend)
     _check_rank(z=(z, "B T H W"))
@@ -111,9 +125,14 @@ def linear_readout(
     dtype = _state_dtype(basis, z)
     state = _check_state(initial_state, (B, H, 2, M, W), dtype)
     _check_segments(segment_ids, B, T)
-    options = _chunk(backend, chunk_size, T)
-    c_out = c_out.astype(dtype)
-    y, state = _LINEAR[backend](z, _cast(basis, dtype), c_out, state, segment_ids, **options)
+    inputs = z, _cast(basis, dtype), c_out.astype(dtype), state, segment_ids
+    if backend in _WHOLE:
+        y, state = _WHOLE[backend].linear(*inputs)
+    elif backend == "pallas_tpu":
+        raise NotImplementedError("backend='pallas_tpu' has no linear readout; use backend='chunkwise'.")
+    else:
+        scan = chunkwise.associative_scan if backend == "associative" else chunkwise.scan
+        y, state = chunkwise.linear(*inputs, chunk_size=_chunk(backend, chunk_size, T), scan=scan)
     return (y, state) if return_state else y
 
 
@@ -183,21 +202,38 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
     return y.astype(z.dtype), state
 
 
-_CHUNKWISE = (chunkwise.forward, chunkwise.backward)
-_ASSOCIATIVE = tuple(partial(f, scan=chunkwise.associative_scan, group=None) for f in _CHUNKWISE)
-_INTERDOMAIN = {
-    "auto": partial(chunks.interdomain, rule=_CHUNKWISE),
-    "recurrent": recurrent.interdomain,
-    "associative": partial(chunks.interdomain, rule=_ASSOCIATIVE),
-    "chunkwise": partial(chunks.interdomain, rule=_CHUNKWISE),
+def _by_platform(tpu, default):
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, tpu=tpu, default=default)
+
+
+_WHOLE = {"recurrent": recurrent, "fft": fft}  # modules without chunks
+_RULES = {  # forward and backward, see `idattn.ops.chunks`
+    "associative": tuple(
+        partial(f, scan=chunkwise.associative_scan, group=None) for f in (chunkwise.forward, chunkwise.backward)
+    ),
+    "chunkwise": (chunkwise.forward, chunkwise.backward),
+    "pallas_tpu": (pallas_tpu.forward, pallas_tpu.backward),
 }
-_LINEAR = {
-    "auto": chunkwise.linear,
-    "recurrent": recurrent.linear,
-    "associative": partial(chunkwise.linear, scan=chunkwise.associative_scan),
-    "chunkwise": chunkwise.linear,
-}
-_WITHOUT_CHUNKS = ("recurrent",)
+_AUTO = tuple(map(_by_platform, _RULES["pallas_tpu"], _RULES["chunkwise"]))
+
+
+def _choose_rule(backend: str, q, k, v, M: int, chunk_size: int, dtype):
+    """The forward and the backward of a chunked backend; "auto" leaves the choice to the platform compiled for."""
+    if backend not in ("auto", "pallas_tpu"):
+        return _RULES[backend]
+    requirement = pallas_tpu.requirement(q, k, v, M, chunk_size, dtype)
+    if backend == "pallas_tpu":
+        if requirement:
+            raise ValueError(f"{backend=} needs {requirement}; change that, or use backend='chunkwise'.")
+        return _RULES[backend]
+    chosen = f"chunkwise, since pallas_tpu needs {requirement}" if requirement else "pallas_tpu on TPU, else chunkwise"
+    _log_once(f"interdomain_attention: backend='auto' takes {chosen}.")
+    return _RULES["chunkwise"] if requirement else _AUTO
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.info(message)
 
 
 def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:
@@ -205,12 +241,12 @@ def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:
     return multiply(lam[..., None], state, axis=-3) + beta[..., None] * z[:, :, None, None, :]
 
 
-def _chunk(backend: str, chunk_size: int | None, T: int) -> dict[str, int]:
-    """The chunk length as an argument of the backend, where it takes one; never longer than the sequence."""
+def _chunk(backend: str, chunk_size: int | None, T: int) -> int:
+    """Tokens in a chunk; not more than there are, except for kernels, whose tiles are what they are."""
     size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
     if size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
-    return {} if backend in _WITHOUT_CHUNKS else {"chunk_size": min(size, T)}
+    return size if backend == "pallas_tpu" else min(size, T)
 
 
 def _check_names(*, backend: str = "auto", readout: str = "transpose") -> None:

@@ -33,6 +33,7 @@ class Tables(NamedTuple):
     lags: jax.Array  # beta lambda^l, l = 0..K-1, (G, K, 2M)
     rotations: jax.Array  # lambda^{t+1}, t = 0..K-1, (G, K, 2, M)
     readout: jax.Array  # y -> w with the sign of Re on its imaginary half, (G, 2M, 2M)
+    spread: jax.Array  # readout beta lambda^l: what a score adds to the w of l tokens later, (G, K, 2M)
 
 
 def lag_tables(basis: Basis, K: int) -> tuple[jax.Array, jax.Array]:
@@ -69,16 +70,26 @@ def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout, chunk_si
     """Eq. 11 and 13 in chunks; shapes as in `idattn.ops.interdomain_attention`.
 
     Args:
+      initial_state: None for zeros, which a backend then need not read.
       rule: the (forward, backward) pair of a backend, see `_attend`.
     """
     B, T = q.shape[:2]
     K = chunk_size
     to_u, to_w = output_matrices(basis, readout)
-    tables = Tables(*lag_tables(basis, K), real_part(jnp.matmul(to_w, to_u, precision="highest"), axis=-2))
+    matrix = real_part(jnp.matmul(to_w, to_u, precision="highest"), axis=-2)
+    lags, rotations = lag_tables(basis, K)
+    tables = Tables(lags, rotations, matrix, jnp.einsum("gom,glm->glo", matrix, lags, precision="highest"))
     last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
     (q, k, v), run = pad_to_chunks((q, k, v), segment_ids, K)
     o, start = _attend(rule, q, k, v, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    initial_state = zero_state(k, v, tables) if initial_state is None else initial_state
     return o[:, :T], final_state((k, v), start, tables.lags, tables.rotations, initial_state, run, last)
+
+
+def zero_state(k, v, tables: Tables) -> jax.Array:
+    """(B, G, 2, M, R + E) for keys (B, T, G, R) and values (B, T, G, E)."""
+    B, _, G, R = k.shape
+    return jnp.zeros((B, G, *tables.rotations.shape[2:], R + v.shape[-1]), tables.rotations.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.chunks import Tables, final_state, lag_tables, pad_to_chunks
+from idattn.ops.chunks import Tables, final_state, lag_tables, pad_to_chunks, zero_state
 from idattn.ops.discretize import Basis, multiply, output_matrices
 from idattn.ops.product import product
 from idattn.ops.segments import PADDING, last_token
@@ -32,7 +32,7 @@ class _Read(NamedTuple):
 
     scores: jax.Array  # S[t, t - l], width K
     found: jax.Array  # X_k^0 q_t, width 2M
-    y: jax.Array  # X_k q_t, width 2M
+    carried: jax.Array  # lambda^{t+1} X_k^0 q_t, width 2M
     w: jax.Array  # with the sign of Re, width 2M
     turned: jax.Array  # w_t lambda^{t+1}, width 2M
     weights: jax.Array  # P[t, s], width K
@@ -97,7 +97,7 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=sca
         last_start = last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)
         return (end, last_start), _join_queries(o.astype(q.dtype))
 
-    carry = (initial_state, jnp.zeros_like(initial_state))
+    carry = (zero_state(k, v, tables) if initial_state is None else initial_state, zero_state(k, v, tables))
     (_, last_start), o = jax.lax.scan(body, carry, (jnp.arange(count), *arrays, runs))
     return _ungroup(o, q), last_start
 
@@ -128,10 +128,9 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
         d_weights = _skew(_within(product("bgnjte,bgnse->bgnjts", d_o, v, dtype), masks))
         d_turned = _from_start(product("bgnjte,nbgme->bgnjtm", d_o, X_v, dtype), masks)
         d_w = product("bgnjtl,glm->bgnjtm", d_weights, tables.lags, dtype) + _rotate(d_turned, tables.rotations)
-        # w = readout y, with y = skew(S) lags + carried and carried = found rotations
-        d_y = product("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype)
-        d_scores = _within(_skew(product("bgnjtm,glm->bgnjtl", d_y, tables.lags, dtype)), masks)
-        d_carried = _from_start(d_y, masks)
+        # w = skew(S) spread + readout carried, with carried = found rotations
+        d_scores = _within(_skew(product("bgnjtm,glm->bgnjtl", d_w, tables.spread, dtype)), masks)
+        d_carried = _from_start(product("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype), masks)
         d_found = _rotate(d_carried, _conjugate(tables.rotations))
         # S = q k^T and found = q X_k^T
         d_q = product("bgnjts,bgnsr->bgnjtr", d_scores, k, dtype)
@@ -154,24 +153,26 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
         d_k = product("bgnjts,bgnjtr->bgnsr", d_scores, q, dtype) + d_z[..., :R]
         d_v = product("bgnjts,bgnjte->bgnse", read.weights, d_o, dtype) + d_z[..., R:]
 
-        d_lags = product("bgnjtl,bgnjtm->glm", read.scores, d_y, dtype)
-        d_lags += product("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
+        d_spread = product("bgnjtl,bgnjtm->glm", read.scores, d_w, dtype)
+        d_lags = product("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
         d_lags += product("bgnsw,nbgmw->gsm", z, d_X, dtype)[:, ::-1]
         d_turning = multiply(_conjugate(_planes(read.found)), _planes(d_carried))
         d_turning += multiply(_planes(read.w), _conjugate(_planes(d_turned)))
         kept = starts if masks is None else jnp.where(masks.keep, starts, 0)
         d_decay = jnp.sum(multiply(_conjugate(kept, axis=-3), d_ends, axis=-3), axis=(0, 1, -1))
         d_rotations = jnp.sum(d_turning, axis=(0, 2, 3)).at[:, -1].add(d_decay)
-        d_readout = product("bgnjto,bgnjtm->gom", d_w, read.y, dtype)
-        d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_rotations, d_readout))
+        d_readout = product("bgnjto,bgnjtm->gom", d_w, read.carried, dtype)
+        d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_rotations, d_readout, d_spread))
         d_inputs = _join_queries(d_q), _join(d_k), _join(d_v)
         return (d_state, d_tables), tuple(x.astype(dtype) for x in d_inputs)
 
-    _, states = jax.lax.scan(fold, initial_state, (*arrays[1:3], runs))
-    zeros = jax.tree.map(jnp.zeros_like, (initial_state, tables))
+    first = zero_state(k, v, tables) if initial_state is None else initial_state
+    _, states = jax.lax.scan(fold, first, (*arrays[1:3], runs))
+    zeros = jax.tree.map(jnp.zeros_like, (first, tables))
     inputs = (jnp.arange(count), states, *arrays, runs)
     (d_state, d_tables), d_inputs = jax.lax.scan(body, zeros, inputs, reverse=True)
-    return *map(_ungroup, d_inputs, (q, k, v)), d_tables, d_state
+    d_q, d_k, d_v = (_ungroup(d, x).astype(x.dtype) for d, x in zip(d_inputs, (q, k, v), strict=True))
+    return d_q, d_k, d_v, d_tables, None if initial_state is None else d_state
 
 
 def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size, scan=scan):
@@ -180,7 +181,7 @@ def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size, scan=scan
     Shapes as in `idattn.ops.linear_readout`.
     """
     B, T = z.shape[:2]
-    tables = Tables(*lag_tables(basis, chunk_size), None)
+    tables = Tables(*lag_tables(basis, chunk_size), None, None)
     last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
     (z,), run = pad_to_chunks((z,), segment_ids, chunk_size)
     masks = _find_masks(run, tables)
@@ -322,11 +323,11 @@ def _read(q, k, X_k, tables: Tables, masks: _Masks | None) -> _Read:
     scores = _skew(_within(product("bgnjtr,bgnsr->bgnjts", q, k, dtype), masks))
     found = product("bgnjtr,nbgmr->bgnjtm", q, X_k, dtype)
     carried = _from_start(_rotate(found, tables.rotations), masks)
-    y = product("bgnjtl,glm->bgnjtm", scores, tables.lags, dtype) + carried
-    w = product("bgnjtm,gom->bgnjto", y, tables.readout, dtype)
+    w = product("bgnjtl,glm->bgnjtm", scores, tables.spread, dtype)
+    w = w + product("bgnjtm,gom->bgnjto", carried, tables.readout, dtype)
     weights = _within(_skew(product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype)), masks)
     turned = _from_start(_rotate(w, _conjugate(tables.rotations)), masks)
-    return _Read(scores, found, y, w, turned, weights)
+    return _Read(scores, found, carried, w, turned, weights)
 
 
 def _convolve(z, starts, tables: Tables, folded, masks: _Masks | None) -> jax.Array:

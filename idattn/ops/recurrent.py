@@ -1,7 +1,11 @@
 """The paper's recurrence, written down literally: the reference that every other way is judged by.
 
-One token at a time, complex numbers, U and Gamma formed with the full C. Slow and memory-hungry on purpose.
+One token at a time, complex numbers, U and Gamma formed with the full C: slow on purpose. The backward pass keeps the
+state at every sqrt(T)-th token and recomputes the others, as the paper's sequential kernel does.
 """
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +73,18 @@ def _scan(read, z, basis, initial_state, segment_ids, queries):
         state = jnp.where(is_token_t[:, None, None, None], after, state)
         return state, jnp.where(is_token_t[:, None, None], read(state, q_t), 0)
 
+    segment = math.isqrt(T - 1) + 1
+    pad = -T % segment  # with what padding is: no token, no start
+
+    def in_segments(x):  # (B, T, ...) -> (segments, tokens of a segment, B, ...)
+        x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))), 1, 0)
+        return x.reshape(-1, segment, *x.shape[1:])
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def advance_segment(state, inputs):
+        return jax.lax.scan(advance, state, inputs)
+
     state = jax.lax.complex(initial_state[:, :, 0], initial_state[:, :, 1])
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (z, queries, starts, is_token))
-    state, outputs = jax.lax.scan(advance, state, inputs)
-    return jnp.moveaxis(outputs, 0, 1), jnp.stack([state.real, state.imag], axis=2)
+    state, outputs = jax.lax.scan(advance_segment, state, jax.tree.map(in_segments, (z, queries, starts, is_token)))
+    outputs = jnp.moveaxis(outputs.reshape(-1, *outputs.shape[2:])[:T], 0, 1)
+    return outputs, jnp.stack([state.real, state.imag], axis=2)

@@ -1,0 +1,221 @@
+"""What a TPU would do with the op, from the compiler of a machine without one: memory, traffic, bundles, MXU bound.
+
+python -m launch.tpu_schedule --shape=1.3B --topology=v5e:2x2 --direction=forward --segments
+
+One line a Pallas kernel, per head and 128 tokens:
+
+  bundles   VLIW bundles of a grid step as libtpu schedules it, "empty" ones (stalls) included, about its cycles: all
+            code of the step, also what runs in some steps only. DMA waits are not in it, hence the next column.
+  HBM       bytes that the grid moves, a block counting whenever its index changes from one step to the next, tables,
+            states and all; the ratio is to q, k, v in and o out (backward: these, their cotangents and that of o).
+  MXU       cycles of the step's matrix products if every array were always busy, rows entering one a cycle and an
+            array half filled counting as whole.
+
+Also the compiled program's memory and the FLOPs of what XLA computes outside of the kernels.
+"""
+
+import glob
+import importlib.util
+import json
+import math
+import os
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.extend.core import jaxpr_as_fun
+
+from idattn.ops import interdomain_attention
+from launch.op_shapes import SHAPES, abstract_inputs
+
+SHAPE = flags.DEFINE_multi_enum("shape", ["1.3B"], list(SHAPES), "Named shapes; may be given several times.")
+TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPU topologies, as v5e:2x2, v5p:2x2x1, v6e:2x2.")
+DIRECTION = flags.DEFINE_multi_enum("direction", ["forward", "backward"], ["forward", "backward"], "Of the op.")
+BACKEND = flags.DEFINE_string("backend", "pallas_tpu", "Backend of the op.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v.")
+SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
+SEGMENTS = flags.DEFINE_bool("segments", True, "Whether documents are packed.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+
+MXUS = {"v5e": (4, 128), "v5p": (4, 128), "v6e": (2, 256)}  # arrays a core, and their width
+_DUMP = tempfile.mkdtemp(prefix="tpu_schedule_")
+
+
+class Kernel(NamedTuple):
+    """What one Pallas kernel costs in all of its grid."""
+
+    name: str
+    steps: int  # of the grid
+    hbm_bytes: int
+    mxu_cycles: float
+    bundles: int | None = None  # of one step
+    empty: int | None = None
+
+
+def load_compiler() -> None:
+    """Prepare libtpu for dumping schedules: it reads its flags once, when it is loaded."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[tpu]'")
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true"
+    # So that it looks for no TPU: neither in the cloud's metadata nor on this machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def compile_for(topology: str, function, *arguments):
+    """`function` compiled for one chip of a topology; arguments are ShapeDtypeStructs."""
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    sharding = jax.sharding.SingleDeviceSharding(description.devices[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    for file in glob.glob(f"{_DUMP}/*"):
+        os.remove(file)
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def find_kernels(function, *arguments, chip: str) -> list[Kernel]:
+    """The Pallas kernels that `function` calls, without what only the compiler knows."""
+    return [
+        Kernel(
+            name=eqn.params["name"],
+            steps=math.prod(eqn.params["grid_mapping"].grid),
+            hbm_bytes=_traffic(eqn.params["grid_mapping"]),
+            mxu_cycles=math.prod(eqn.params["grid_mapping"].grid) * _mxu_cycles(eqn.params["jaxpr"], chip),
+        )
+        for eqn in _equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        if eqn.primitive.name == "pallas_call"
+    ]
+
+
+def read_bundles(kernel: Kernel) -> Kernel:
+    """`kernel` with the bundles of its schedule, from the last compilation."""
+    files = glob.glob(f"{_DUMP}/*{kernel.name}*schedule-analysis_packed-bundles-post-ra.txt")
+    if len(files) != 1:
+        raise RuntimeError(f"expected one schedule of {kernel.name} in {_DUMP}, found {files}")
+    with open(files[0]) as file:
+        total, empty = (int(x) for x in re.findall(r"(?:total|empty) scheduled bundles:\s+(\d+)", file.read())[:2])
+    return kernel._replace(bundles=total, empty=empty)
+
+
+def _equations(jaxpr):
+    """All equations, also those of nested programs but for the bodies of kernels."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name != "pallas_call":
+            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _traffic(grid_mapping) -> int:
+    """Bytes moved between HBM and VMEM by a walk over the grid, last axis fastest."""
+    indices = [x.ravel() for x in np.indices(grid_mapping.grid)]
+    total = 0
+    for mapping in grid_mapping.block_mappings:
+        index_map = mapping.index_map_jaxpr
+        rest = [0] * (len(index_map.jaxpr.invars) - len(indices))  # prefetched scalars, which no index map here reads
+        evaluate = jax.vmap(lambda *i, index_map=index_map, rest=rest: jaxpr_as_fun(index_map)(*i, *rest))
+        blocks = np.stack([np.broadcast_to(x, indices[0].shape) for x in evaluate(*indices)])
+        moves = 1 + np.count_nonzero(np.any(blocks[:, 1:] != blocks[:, :-1], axis=0))
+        size = math.prod(getattr(width, "block_size", width) for width in mapping.block_shape)
+        total += moves * size * mapping.array_aval.dtype.itemsize
+    return total
+
+
+def _mxu_cycles(jaxpr, chip: str) -> float:
+    """Cycles of one grid step's products; float32 ones in full precision are six of bfloat16."""
+    count, width = MXUS[chip]
+    cycles = 0
+    for eqn in _equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            x, y = (v.aval for v in eqn.invars)
+            depth = math.prod(x.shape[axis] for axis in contract)
+            passes = 6 if x.dtype == jnp.float32 else 1
+            rows, columns = x.size // depth, y.size // depth
+            cycles += passes * rows * math.ceil(depth / width) * math.ceil(columns / width)
+    return cycles / count
+
+
+def op(direction: str):
+    """(q, k, v, basis, cotangent, segment ids) -> outputs, or cotangents of all inputs."""
+
+    def forward(q, k, v, basis, segment_ids):
+        return interdomain_attention(q, k, v, basis, backend=BACKEND.value, segment_ids=segment_ids)
+
+    def backward(q, k, v, basis, g, segment_ids):
+        return jax.vjp(lambda *x: forward(*x, segment_ids), q, k, v, basis)[1](g)
+
+    return backward if direction == "backward" else lambda q, k, v, basis, g, ids: forward(q, k, v, basis, ids)
+
+
+def report(name: str, topology: str, direction: str) -> dict[str, Any]:
+    """Figures of the op at a named shape, per head and 128 tokens where not said otherwise."""
+    shape, B, T = SHAPES[name], BATCH.value, SEQ_LEN.value
+    inputs = abstract_inputs(shape, B, T, jnp.dtype(DTYPE.value))
+    arguments = (*inputs, jax.ShapeDtypeStruct((B, T), jnp.int32) if SEGMENTS.value else None)
+    compiled = compile_for(topology, op(direction), *arguments)
+    kernels = find_kernels(op(direction), *arguments, chip=topology.split(":")[0])
+    text = compiled.as_text()  # without kernels whose results are not used
+    kernels = [read_bundles(kernel) for kernel in kernels if kernel.name in text]
+    q, k, v, _, g = (x if isinstance(x, tuple) else x.size * x.dtype.itemsize for x in inputs)
+    least = q + k + v + g if direction == "forward" else 2 * (q + k + v) + g
+    units = B * shape.H * T / 128
+    memory = compiled.memory_analysis()
+    return dict(
+        shape=name,
+        topology=topology,
+        direction=direction,
+        kernels=[
+            dict(
+                name=x.name,
+                bundles=x.bundles * x.steps / units,
+                empty=x.empty * x.steps / units,
+                mxu_cycles=x.mxu_cycles / units,
+                hbm_bytes=x.hbm_bytes,
+            )
+            for x in kernels
+        ],
+        bundles=sum(x.bundles * x.steps for x in kernels) / units,
+        mxu_cycles=sum(x.mxu_cycles for x in kernels) / units,
+        hbm_ratio=sum(x.hbm_bytes for x in kernels) / least,
+        temp_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        xla_flops=(compiled.cost_analysis() or {}).get("flops"),
+    )
+
+
+def main(_):
+    load_compiler()
+    print(f"jax {jax.__version__}, {BACKEND.value}, {DTYPE.value}, B = {BATCH.value}, T = {SEQ_LEN.value}", end="")
+    print(", with segments" if SEGMENTS.value else "")
+    print(f"{'':<26}{'kernel':<24}{'bundles':>9}{'empty':>8}{'MXU':>8}{'HBM ratio':>11}{'temporary':>13}")
+    rows = []
+    for name in SHAPE.value:
+        for topology in TOPOLOGY.value:
+            for direction in DIRECTION.value:
+                row = report(name, topology, direction)
+                rows.append(row)
+                for x in row["kernels"] if len(row["kernels"]) > 1 else []:
+                    print(f"{'':<26}{x['name']:<24}{x['bundles']:>9.0f}{x['empty']:>8.0f}{x['mxu_cycles']:>8.0f}")
+                label = f"{name} {topology} {direction}"
+                empty, temporary = sum(x["empty"] for x in row["kernels"]), f"{row['temp_bytes'] / 1e6:.1f} MB"
+                print(f"{label:<26}{'all':<24}{row['bundles']:>9.0f}{empty:>8.0f}{row['mxu_cycles']:>8.0f}", end="")
+                print(f"{row['hbm_ratio']:>11.2f}{temporary:>13}", flush=True)
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,111 @@
+"""The TPU kernels without a TPU: compiled by its compiler, chosen by platform, refused by name.
+
+Their numbers are judged beside the other backends' in test_contract.py, interpreted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idattn.ops import interdomain_attention, pallas_tpu
+from launch import tpu_schedule
+from launch.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+QUICK = [("v5e:2x2", "1.3B", "bfloat16"), ("v6e:2x2", "760M", "float32")]
+ALL = [(t, s, d) for t in TOPOLOGIES for s in ("125M", "760M", "1.3B") for d in ("bfloat16", "float32")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK]
+ODD = {
+    "heads share a state": OpShape(16, 4, 64, 64, 64),
+    "widths that are no tiles": OpShape(3, 3, 96, 32, 70),
+    "many modes": OpShape(4, 4, 128, 64, 256),
+    "more heads than fit": OpShape(16, 16, 128, 128, 128),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    tpu_schedule.load_compiler()
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", False)
+
+
+def op(q, k, v, basis, g, segment_ids, *, backend="pallas_tpu"):
+    """Outputs, final state and all cotangents."""
+
+    def forward(q, k, v, basis, state):
+        options = dict(segment_ids=segment_ids, initial_state=state, return_state=True)
+        return interdomain_attention(q, k, v, basis, backend=backend, **options)
+
+    B, _, G, R = k.shape
+    state = jnp.zeros((B, G, 2, basis.a_log.shape[1], R + v.shape[3]))
+    (o, state), pullback = jax.vjp(forward, q, k, v, basis, state)
+    return o, state, pullback((g, state))
+
+
+def compile_op(topology, shape, dtype, T=300, segments=True):
+    inputs = abstract_inputs(shape, 2, T, jnp.dtype(dtype))
+    ids = jax.ShapeDtypeStruct((2, T), jnp.int32) if segments else None
+    return tpu_schedule.compile_for(topology, op, *inputs, ids).as_text()
+
+
+@pytest.mark.parametrize(("topology", "shape", "dtype"), [*QUICK, *SLOW])
+def test_the_kernels_compile(topology, shape, dtype):
+    text = compile_op(topology, SHAPES[shape], dtype)
+    for kernel in ("forward", "starts", "backward"):
+        assert f"interdomain_{kernel}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", ODD)
+def test_odd_shapes_compile(shape, dtype):
+    assert "interdomain_backward" in compile_op("v5e:2x2", ODD[shape], dtype, segments=False)
+
+
+def test_auto_takes_the_kernels_where_compiled_for_a_tpu():
+    inputs = abstract_inputs(SHAPES["cpu"], 1, 256, jnp.bfloat16)
+    traced = jax.jit(functools.partial(op, backend="auto")).trace(*inputs, None)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    chunkwise = jax.jit(functools.partial(op, backend="chunkwise")).trace(*inputs, None)
+    assert "tpu_custom_call" not in chunkwise.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_auto_is_chunkwise_elsewhere():
+    inputs = random_inputs(OpShape(2, 2, 16, 16, 4), 1, 140, jnp.float32)
+    outputs = [jax.jit(functools.partial(op, backend=backend))(*inputs, None) for backend in ("auto", "chunkwise")]
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_named_kernels_do_not_fall_back(compiled):
+    inputs = random_inputs(OpShape(2, 2, 16, 16, 4), 1, 140, jnp.float32)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu'.*'chunkwise'"):
+        (jax.jit(op) if compiled else op)(*inputs, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "chunk_size", "words"),
+    [
+        (OpShape(2, 2, 16, 16, 4), "float32", 64, "multiple of 128, not 64"),
+        (OpShape(2, 2, 16, 16, 4), "float16", 128, "bfloat16 or float32.*float16"),
+        (OpShape(2, 2, 40, 16, 4), "float32", 128, "multiples of 16.*R=40"),
+        (OpShape(1, 1, 128, 128, 4096), "float32", 128, "VMEM.*M=4096"),
+    ],
+)
+def test_what_the_kernels_need_is_said(shape, dtype, chunk_size, words):
+    q, k, v, basis, _ = abstract_inputs(shape, 1, 256, jnp.dtype(dtype))
+
+    def run(backend):
+        f = functools.partial(interdomain_attention, backend=backend, chunk_size=chunk_size)
+        return jax.eval_shape(f, q, k, v, basis)
+
+    with pytest.raises(ValueError, match=f"'pallas_tpu' needs .*{words}.*'chunkwise'"):
+        run("pallas_tpu")
+    assert run("auto").shape == (1, 256, shape.H, shape.E)
