@@ -1,11 +1,16 @@
-"""Time the op beside softmax attention, forward and with gradients, in one run; nothing is timed that is wrong.
+"""Time the op's backends beside softmax attention, forward and with gradients; nothing is timed that is wrong.
 
-python -m launch.bench_ops --seq_len=4096 --num_heads=4 --head_dim=64 --num_modes=64
+python -m launch.bench_ops --shape=cpu --seq_len=4096
+python -m launch.bench_ops --shape=1.3B --seq_len=512 --seq_len=65536 --backend=chunkwise --backend=fft
+python -m launch.bench_ops --shape=1.3B --dtype=bfloat16 --topology=v5e:2x2 --backend=pallas_tpu
 
-Each chunk size is first compared with the literal recurrence: outputs and all gradients, at a tenth of the length.
-Times are the best of several runs; ratios say how many times faster than softmax attention written out in this run.
+Each backend is first compared with the literal recurrence: outputs and all gradients, at 512 tokens at most. Times are
+the best of several runs, ratios how many times faster than softmax attention written out in this run, memory what
+the compiled forward and backward pass takes beside its arguments and results. With --topology everything is compiled
+for a TPU that need not be there, and memory is all that can be said.
 """
 
+import json
 import math
 import time
 
@@ -13,18 +18,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from tqdm import tqdm
 
-from idattn.ops import Basis, interdomain_attention
+from idattn.choices import BACKENDS
+from idattn.ops import interdomain_attention
+from launch.op_shapes import SHAPES, abstract_inputs, random_inputs
+from launch.tpu_compiler import compile_for, load_compiler
 
-SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=16)
-BATCH = flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
-HEADS = flags.DEFINE_integer("num_heads", 4, "H.", lower_bound=1)
-HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "R = E.", lower_bound=1)
-MODES = flags.DEFINE_integer("num_modes", 64, "M.", lower_bound=1)
-CHUNKS = flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of q, k and v.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Runs, of which the best counts.", lower_bound=1)
+FLAGS = flags.FLAGS
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # root-mean-square error of a gradient relative to the reference
+WRITTEN_OUT, FLASH = "softmax, written out", "softmax, fused"
+
+
+def define_flags() -> None:
+    flags.DEFINE_multi_enum("shape", ["cpu"], list(SHAPES), "Named shapes; may be given several times.")
+    flags.DEFINE_multi_integer("seq_len", [4096], "T, tokens; may be given several times.", lower_bound=16)
+    flags.DEFINE_multi_enum("backend", ["chunkwise"], list(BACKENDS), "Backends; may be given several times.")
+    flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Of q, k and v.")
+    flags.DEFINE_integer("repeats", 5, "Runs, of which the best counts.", lower_bound=1)
+    flags.DEFINE_float("max_gib", 8, "Softmax whose scores take more is left out.", lower_bound=0)
+    flags.DEFINE_string("topology", None, "Compile for this TPU, as v5e:2x2, and only report memory.")
+    flags.DEFINE_string("json", None, "File to write the table to.")
 
 
 def written_out(q, k, v):
@@ -35,41 +51,46 @@ def written_out(q, k, v):
     return jnp.einsum("bhts,bshe->bthe", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def make_inputs(seq_len: int, dtype: str):
-    """q, k, v, basis as a layer has them at the start of training, and a cotangent."""
-    rng = np.random.default_rng(0)
-    B, H, R, M = BATCH.value, HEADS.value, HEAD_DIM.value, MODES.value
-    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(B, seq_len, H, R)), dtype) for _ in range(4))
-    n = np.arange(M)
-    basis = Basis(
-        jnp.asarray(rng.uniform(math.log(1e-3), math.log(1e-1), H), jnp.float32),
-        jnp.full((H, M), math.log(0.5), jnp.float32),
-        jnp.asarray(np.broadcast_to(M / math.pi * (M / (2 * n + 1) - 1), (H, M)), jnp.float32),
-        tuple(jnp.asarray(rng.normal(size=(H, M, M)) / math.sqrt(32 * M), jnp.float32) for _ in range(2)),
+def splash(q, k, v):
+    """Causal softmax attention by JAX's TPU kernel."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    mask = splash_attention_mask.CausalMask((q.shape[1], q.shape[1]))
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * q.shape[2])
     )
-    return (q / math.sqrt(R), k, v), basis, cotangent
+    q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
+    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
 
-def with_gradients(function, cotangent):
-    """The outputs and the gradients of all arguments of `function`, compiled."""
+def fused(q, k, v, platform: str):
+    """Causal softmax attention by the platform's best kernel; on CPU XLA's, which is written out too."""
+    if platform == "tpu":
+        return splash(q, k, v)
+    implementation = "cudnn" if platform == "gpu" and q.dtype == jnp.bfloat16 else None
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
-    def run(*arguments):
+
+def with_gradients(function):
+    """(cotangent, arguments) -> the outputs and the gradients of all arguments of `function`."""
+
+    def run(cotangent, *arguments):
         o, pull = jax.vjp(function, *arguments)
         return o, pull(cotangent.astype(o.dtype))
 
-    return jax.jit(run)
+    return run
 
 
-def backend(name: str, chunk_size: int):
+def backend(name: str, chunk_size: int | None):
     return lambda q, k, v, basis: interdomain_attention(q, k, v, basis, backend=name, chunk_size=chunk_size)
 
 
-def worst_error(chunk_size: int) -> float:
+def worst_error(name: str, chunk_size: int | None, shape, dtype: str) -> float:
     """The largest root-mean-square error of outputs and gradients relative to the literal recurrence."""
-    inputs, basis, cotangent = make_inputs(max(SEQ_LEN.value // 10, 16), DTYPE.value)
-    actual = with_gradients(backend("chunkwise", chunk_size), cotangent)(*inputs, basis)
-    wide = [x.astype(jnp.float32) for x in inputs]
-    expected = with_gradients(backend("recurrent", chunk_size), cotangent.astype(jnp.float32))(*wide, basis)
+    *inputs, basis, g = random_inputs(shape, 1, min(min(FLAGS.seq_len), 512), dtype)
+    actual = jax.jit(with_gradients(backend(name, chunk_size)))(g, *inputs, basis)
+    wide = [x.astype(jnp.float32) for x in (g, *inputs)]
+    expected = jax.jit(with_gradients(backend("recurrent", None)))(*wide, basis)
 
     def error(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -78,41 +99,79 @@ def worst_error(chunk_size: int) -> float:
     return max(jax.tree.leaves(jax.tree.map(error, actual, expected)))
 
 
-def best_time(function, *arguments) -> float:
-    jax.block_until_ready(function(*arguments))
+def best_time(compiled, *arguments) -> float:
+    jax.block_until_ready(compiled(*arguments))
     times = []
-    for _ in range(REPEATS.value):
+    for _ in range(FLAGS.repeats):
         start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(compiled(*arguments))
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def main(_):
-    inputs, basis, cotangent = make_inputs(SEQ_LEN.value, DTYPE.value)
-    rows = {
-        "softmax, written out": (written_out, inputs),
-        "jax.nn.dot_product_attention": (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), inputs),
-    }
+def measure(function, g, arguments) -> dict[str, float]:
+    """Seconds of the forward pass and of both, and bytes of temporary memory of both."""
+    if FLAGS.topology:
+        compiled = compile_for(FLAGS.topology, with_gradients(function), g, *arguments)
+        return dict(temp_bytes=compiled.memory_analysis().temp_size_in_bytes)
+    forward = jax.jit(function).lower(*arguments).compile()
+    both = jax.jit(with_gradients(function)).lower(g, *arguments).compile()
+    seconds = best_time(forward, *arguments), best_time(both, g, *arguments)
+    return dict(forward=seconds[0], both=seconds[1], temp_bytes=both.memory_analysis().temp_size_in_bytes)
+
+
+def candidates(shape, platform: str):
+    """Name -> (function, whether it takes the basis), and what was found wrong."""
+    functions = {WRITTEN_OUT: (written_out, False), FLASH: (lambda *x: fused(*x, platform), False)}
     wrong = []
-    for chunk_size in CHUNKS.value:
-        name, error = f"chunkwise, K = {chunk_size}", worst_error(chunk_size)
-        if error > TOLERANCE[DTYPE.value]:
-            wrong.append(f"{name}: relative error {error:.2e} exceeds {TOLERANCE[DTYPE.value]:.0e}; not timed")
-        else:
-            rows[name] = (backend("chunkwise", chunk_size), (*inputs, basis))
-    device = jax.local_devices()[0].device_kind
-    print(f"jax {jax.__version__} on {device}, {DTYPE.value}, B T H R = {inputs[0].shape}, M = {MODES.value}")
-    print(f"{'':<30}{'forward, ms':>14}{'+ gradients':>14}{'ratio':>8}{'ratio':>8}")
-    first = None
-    for name, (function, arguments) in rows.items():
-        times = [best_time(f, *arguments) for f in (jax.jit(function), with_gradients(function, cotangent))]
-        first = first or times
-        ratios = "".join(f"{a / b:>8.2f}" for a, b in zip(first, times, strict=True))
-        print(f"{name:<30}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>14.1f}{ratios}", flush=True)
+    for name in FLAGS.backend:
+        for chunk_size in FLAGS.chunk_size if name not in ("recurrent", "fft") else [None]:
+            label = name if chunk_size is None else f"{name}, K = {chunk_size}"
+            error = 0.0 if FLAGS.topology else worst_error(name, chunk_size, shape, FLAGS.dtype)
+            if error <= TOLERANCE[FLAGS.dtype]:
+                functions[label] = (backend(name, chunk_size), True)
+            else:
+                wrong.append(f"{label}: relative error {error:.2e} exceeds {TOLERANCE[FLAGS.dtype]:.0e}; not timed")
+    return functions, wrong
+
+
+def main(_):
+    if FLAGS.topology:
+        load_compiler(dump=False)
+    device = FLAGS.topology or jax.local_devices()[0].device_kind
+    platform = "tpu" if FLAGS.topology else jax.default_backend()
+    print(f"jax {jax.__version__} on {device}, {FLAGS.dtype}, B = {FLAGS.batch_size}; ratios to {WRITTEN_OUT}")
+    print(f"{'':<14}{'':<24}{'forward, ms':>12}{'ratio':>7}{'both, ms':>11}{'ratio':>7}{'memory, MB':>12}")
+    rows, wrong = [], []
+    for name in FLAGS.shape:
+        functions, found = candidates(SHAPES[name], platform)
+        wrong += [f"{name}: {x}" for x in found]
+        for T in FLAGS.seq_len:
+            make = abstract_inputs if FLAGS.topology else random_inputs
+            q, k, v, basis, g = make(SHAPES[name], FLAGS.batch_size, T, FLAGS.dtype)
+            first = None
+            for label, (function, takes_basis) in tqdm(
+                functions.items(), desc=f"{name}, T = {T}", leave=False, disable=None
+            ):
+                scores = FLAGS.batch_size * SHAPES[name].H * T * T * 4 / 2**30
+                written = label == WRITTEN_OUT or (label == FLASH and platform == "cpu")
+                if written and scores > FLAGS.max_gib:
+                    continue
+                row = measure(function, g, (q, k, v, basis) if takes_basis else (q, k, v))
+                rows.append(dict(shape=name, seq_len=T, backend=label, device=device, **row))
+                first = row if label == WRITTEN_OUT else first
+                line = f"{name + f' {T}':<14}{label:<24}"
+                for key, width in (("forward", 12), ("both", 11)):
+                    line += f"{row[key] * 1e3:>{width}.1f}" if key in row else f"{'-':>{width}}"
+                    line += f"{first[key] / row[key]:>7.2f}" if key in row and first else f"{'-':>7}"
+                tqdm.write(line + f"{row['temp_bytes'] / 1e6:>12.1f}")
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(rows, file, indent=1)
     if wrong:
         raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -15,12 +15,9 @@ Also the compiled program's memory and the FLOPs of what XLA computes outside of
 """
 
 import glob
-import importlib.util
 import json
 import math
-import os
 import re
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -31,19 +28,22 @@ from jax.extend.core import jaxpr_as_fun
 
 from idattn.ops import interdomain_attention
 from launch.op_shapes import SHAPES, abstract_inputs
+from launch.tpu_compiler import DUMP, compile_for, load_compiler
 
-SHAPE = flags.DEFINE_multi_enum("shape", ["1.3B"], list(SHAPES), "Named shapes; may be given several times.")
-TOPOLOGY = flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPU topologies, as v5e:2x2, v5p:2x2x1, v6e:2x2.")
-DIRECTION = flags.DEFINE_multi_enum("direction", ["forward", "backward"], ["forward", "backward"], "Of the op.")
-BACKEND = flags.DEFINE_string("backend", "pallas_tpu", "Backend of the op.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v.")
-SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
-SEGMENTS = flags.DEFINE_bool("segments", True, "Whether documents are packed.")
-JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
-
+FLAGS = flags.FLAGS
 MXUS = {"v5e": (4, 128), "v5p": (4, 128), "v6e": (2, 256)}  # arrays a core, and their width
-_DUMP = tempfile.mkdtemp(prefix="tpu_schedule_")
+
+
+def define_flags() -> None:
+    flags.DEFINE_multi_enum("shape", ["1.3B"], list(SHAPES), "Named shapes; may be given several times.")
+    flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPU topologies, as v5e:2x2, v5p:2x2x1, v6e:2x2.")
+    flags.DEFINE_multi_enum("direction", ["forward", "backward"], ["forward", "backward"], "Of the op.")
+    flags.DEFINE_string("backend", "pallas_tpu", "Backend of the op.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v.")
+    flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
+    flags.DEFINE_bool("segments", True, "Whether documents are packed.")
+    flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 class Kernel(NamedTuple):
@@ -55,30 +55,6 @@ class Kernel(NamedTuple):
     mxu_cycles: float
     bundles: int | None = None  # of one step
     empty: int | None = None
-
-
-def load_compiler() -> None:
-    """Prepare libtpu for dumping schedules: it reads its flags once, when it is loaded."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[tpu]'")
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true"
-    # So that it looks for no TPU: neither in the cloud's metadata nor on this machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-
-def compile_for(topology: str, function, *arguments):
-    """`function` compiled for one chip of a topology; arguments are ShapeDtypeStructs."""
-    from jax.experimental import topologies
-
-    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    sharding = jax.sharding.SingleDeviceSharding(description.devices[0])
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    for file in glob.glob(f"{_DUMP}/*"):
-        os.remove(file)
-    return jax.jit(function).lower(*arguments).compile()
 
 
 def find_kernels(function, *arguments, chip: str) -> list[Kernel]:
@@ -97,9 +73,9 @@ def find_kernels(function, *arguments, chip: str) -> list[Kernel]:
 
 def read_bundles(kernel: Kernel) -> Kernel:
     """`kernel` with the bundles of its schedule, from the last compilation."""
-    files = glob.glob(f"{_DUMP}/*{kernel.name}*schedule-analysis_packed-bundles-post-ra.txt")
+    files = glob.glob(f"{DUMP}/*{kernel.name}*schedule-analysis_packed-bundles-post-ra.txt")
     if len(files) != 1:
-        raise RuntimeError(f"expected one schedule of {kernel.name} in {_DUMP}, found {files}")
+        raise RuntimeError(f"expected one schedule of {kernel.name} in {DUMP}, found {files}")
     with open(files[0]) as file:
         total, empty = (int(x) for x in re.findall(r"(?:total|empty) scheduled bundles:\s+(\d+)", file.read())[:2])
     return kernel._replace(bundles=total, empty=empty)
@@ -150,7 +126,7 @@ def op(direction: str):
     """(q, k, v, basis, cotangent, segment ids) -> outputs, or cotangents of all inputs."""
 
     def forward(q, k, v, basis, segment_ids):
-        return interdomain_attention(q, k, v, basis, backend=BACKEND.value, segment_ids=segment_ids)
+        return interdomain_attention(q, k, v, basis, backend=FLAGS.backend, segment_ids=segment_ids)
 
     def backward(q, k, v, basis, g, segment_ids):
         return jax.vjp(lambda *x: forward(*x, segment_ids), q, k, v, basis)[1](g)
@@ -160,9 +136,9 @@ def op(direction: str):
 
 def report(name: str, topology: str, direction: str) -> dict[str, Any]:
     """Figures of the op at a named shape, per head and 128 tokens where not said otherwise."""
-    shape, B, T = SHAPES[name], BATCH.value, SEQ_LEN.value
-    inputs = abstract_inputs(shape, B, T, jnp.dtype(DTYPE.value))
-    arguments = (*inputs, jax.ShapeDtypeStruct((B, T), jnp.int32) if SEGMENTS.value else None)
+    shape, B, T = SHAPES[name], FLAGS.batch_size, FLAGS.seq_len
+    inputs = abstract_inputs(shape, B, T, jnp.dtype(FLAGS.dtype))
+    arguments = (*inputs, jax.ShapeDtypeStruct((B, T), jnp.int32) if FLAGS.segments else None)
     compiled = compile_for(topology, op(direction), *arguments)
     kernels = find_kernels(op(direction), *arguments, chip=topology.split(":")[0])
     text = compiled.as_text()  # without kernels whose results are not used
@@ -196,14 +172,14 @@ def report(name: str, topology: str, direction: str) -> dict[str, Any]:
 
 
 def main(_):
-    load_compiler()
-    print(f"jax {jax.__version__}, {BACKEND.value}, {DTYPE.value}, B = {BATCH.value}, T = {SEQ_LEN.value}", end="")
-    print(", with segments" if SEGMENTS.value else "")
+    load_compiler(dump=True)
+    print(f"jax {jax.__version__}, {FLAGS.backend}, {FLAGS.dtype}, B = {FLAGS.batch_size}, T = {FLAGS.seq_len}", end="")
+    print(", with segments" if FLAGS.segments else "")
     print(f"{'':<26}{'kernel':<24}{'bundles':>9}{'empty':>8}{'MXU':>8}{'HBM ratio':>11}{'temporary':>13}")
     rows = []
-    for name in SHAPE.value:
-        for topology in TOPOLOGY.value:
-            for direction in DIRECTION.value:
+    for name in FLAGS.shape:
+        for topology in FLAGS.topology:
+            for direction in FLAGS.direction:
                 row = report(name, topology, direction)
                 rows.append(row)
                 for x in row["kernels"] if len(row["kernels"]) > 1 else []:
@@ -212,10 +188,11 @@ def main(_):
                 empty, temporary = sum(x["empty"] for x in row["kernels"]), f"{row['temp_bytes'] / 1e6:.1f} MB"
                 print(f"{label:<26}{'all':<24}{row['bundles']:>9.0f}{empty:>8.0f}{row['mxu_cycles']:>8.0f}", end="")
                 print(f"{row['hbm_ratio']:>11.2f}{temporary:>13}", flush=True)
-    if JSON.value:
-        with open(JSON.value, "w") as file:
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
             json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from idattn.ops import interdomain_attention, pallas_tpu
-from launch import tpu_schedule
 from launch.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
+from launch.tpu_compiler import compile_for, load_compiler
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 QUICK = [("v5e:2x2", "1.3B", "bfloat16"), ("v6e:2x2", "760M", "float32")]
@@ -28,7 +28,7 @@ ODD = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    tpu_schedule.load_compiler()
+    load_compiler(dump=False)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def op(q, k, v, basis, g, segment_ids, *, backend="pallas_tpu"):
 def compile_op(topology, shape, dtype, T=300, segments=True):
     inputs = abstract_inputs(shape, 2, T, jnp.dtype(dtype))
     ids = jax.ShapeDtypeStruct((2, T), jnp.int32) if segments else None
-    return tpu_schedule.compile_for(topology, op, *inputs, ids).as_text()
+    return compile_for(topology, op, *inputs, ids).as_text()
 
 
 @pytest.mark.parametrize(("topology", "shape", "dtype"), [*QUICK, *SLOW])
