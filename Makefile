@@ -7,6 +7,7 @@ endif
 VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+COMPILER := $(VENV)/.compiler
 
 .PHONY: quickstart test test-slow lint format wheel clean
 
@@ -16,13 +17,18 @@ $(READY): pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps mistral-common  # only for its SentencePiece model, which a test reads
 	touch $@
 
+# Apart, since with libtpu installed every program that finds no TPU says so.
+$(COMPILER): $(READY)
+	$(RUN) -m pip install --quiet --editable '.[dev,compile]'
+	touch $@
+
 quickstart: $(READY)
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: $(READY) lint
+test: $(COMPILER) lint
 	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
 
-test-slow: $(READY)
+test-slow: $(COMPILER)
 	$(RUN) -m pytest -m slow
 
 lint: $(READY)

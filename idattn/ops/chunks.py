@@ -36,6 +36,14 @@ class Tables(NamedTuple):
     spread: jax.Array  # readout beta lambda^l: what a score adds to the w of l tokens later, (G, K, 2M)
 
 
+def make_tables(basis: Basis, K: int, readout: str) -> Tables:
+    """The tables of chunks of K tokens; readout as in `idattn.ops.interdomain_attention`."""
+    to_u, to_w = output_matrices(basis, readout)
+    matrix = real_part(jnp.matmul(to_w, to_u, precision="highest"), axis=-2)
+    lags, rotations = lag_tables(basis, K)
+    return Tables(lags, rotations, matrix, jnp.einsum("gom,glm->glo", matrix, lags, precision="highest"))
+
+
 def lag_tables(basis: Basis, K: int) -> tuple[jax.Array, jax.Array]:
     """beta lambda^l (G, K, 2M) for l = 0..K-1, and lambda^{t+1} (G, K, 2, M) for t = 0..K-1."""
     lam, beta = discretize(basis)
@@ -75,10 +83,7 @@ def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout, chunk_si
     """
     B, T = q.shape[:2]
     K = chunk_size
-    to_u, to_w = output_matrices(basis, readout)
-    matrix = real_part(jnp.matmul(to_w, to_u, precision="highest"), axis=-2)
-    lags, rotations = lag_tables(basis, K)
-    tables = Tables(lags, rotations, matrix, jnp.einsum("gom,glm->glo", matrix, lags, precision="highest"))
+    tables = make_tables(basis, K, readout)
     last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
     (q, k, v), run = pad_to_chunks((q, k, v), segment_ids, K)
     o, start = _attend(rule, q, k, v, tables, initial_state, run, jnp.maximum(last, 0) // K)

@@ -9,6 +9,7 @@ from helpers import assert_close
 
 from idattn.config import SSMConfig
 from idattn.nn.layers import HeadNorm, RMSNorm, ShortConv, StateBasis, feature_map, rotate_positions
+from launch.tpu_compiler import compile_for, load_compiler
 
 
 @pytest.fixture
@@ -110,3 +111,22 @@ def test_basis_can_start_as_a_multiple_of_the_identity(c):
     np.testing.assert_array_equal(c_re, np.broadcast_to(expected, c_re.shape))
     np.testing.assert_array_equal(c_im, 0)
     assert StateBasis(2, SSMConfig(c="identity"), rngs=nnx.Rngs(0))().c is None
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_short_conv_is_one_pass_over_memory(segments):
+    """Compiled for a TPU, in bfloat16: x is read once and y written once, with nothing of their size between."""
+    B, T, C = 2, 2048, 512
+    graph, params = nnx.split(ShortConv(C, 4, rngs=nnx.Rngs(0)))
+    x, ids = jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
+    load_compiler(dump=False)
+    compiled = compile_for(
+        "v5e:2x2",
+        lambda params, x, ids: nnx.merge(graph, params)(x, None, ids)[0],
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params),
+        x,
+        ids if segments else None,
+    )
+    assert compiled.cost_analysis()["bytes accessed"] < 2.2 * B * T * C * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * B * T * C * 2
