@@ -23,6 +23,7 @@ def load_compiler(*, dump: bool) -> None:
         raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[tpu]'")
     if dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
+    jax.config.update("jax_platforms", "cpu")
     # So that it looks for no TPU: neither in the cloud's metadata nor on this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

@@ -11,7 +11,8 @@ One line a Pallas kernel, per head and 128 tokens:
   MXU       cycles of the step's matrix products if every array were always busy, rows entering one a cycle and an
             array half filled counting as whole.
 
-Also the compiled program's memory and the FLOPs of what XLA computes outside of the kernels.
+With --program also the temporary memory of the compiled program, and the FLOPs of what XLA computes outside of the
+kernels.
 """
 
 import glob
@@ -43,24 +44,25 @@ def define_flags() -> None:
     flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
     flags.DEFINE_bool("segments", True, "Whether documents are packed.")
+    flags.DEFINE_bool("program", False, "Compile the whole program too, for memory and FLOPs; takes minutes.")
     flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 class Kernel(NamedTuple):
-    """What one Pallas kernel costs in all of its grid."""
+    """A Pallas kernel and what it costs in all of its grid."""
 
+    call: Any  # the equation that calls it
     name: str
     steps: int  # of the grid
     hbm_bytes: int
     mxu_cycles: float
-    bundles: int | None = None  # of one step
-    empty: int | None = None
 
 
 def find_kernels(function, *arguments, chip: str) -> list[Kernel]:
-    """The Pallas kernels that `function` calls, without what only the compiler knows."""
+    """The Pallas kernels that `function` calls."""
     return [
         Kernel(
+            call=eqn,
             name=eqn.params["name"],
             steps=math.prod(eqn.params["grid_mapping"].grid),
             hbm_bytes=_traffic(eqn.params["grid_mapping"]),
@@ -71,14 +73,21 @@ def find_kernels(function, *arguments, chip: str) -> list[Kernel]:
     ]
 
 
-def read_bundles(kernel: Kernel) -> Kernel:
-    """`kernel` with the bundles of its schedule, from the last compilation."""
+def count_bundles(kernel: Kernel, topology: str) -> tuple[int, int]:
+    """The bundles of a grid step, and how many of them are empty, from compiling the kernel alone."""
+    arguments = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in kernel.call.invars]
+
+    def alone(*arguments):
+        return kernel.call.primitive.bind(*arguments, **kernel.call.params)
+
+    alone.__name__ = kernel.name  # which XLA names the kernel after, or the kernel's own name
+    compile_for(topology, alone, *arguments)
     files = glob.glob(f"{DUMP}/*{kernel.name}*schedule-analysis_packed-bundles-post-ra.txt")
     if len(files) != 1:
         raise RuntimeError(f"expected one schedule of {kernel.name} in {DUMP}, found {files}")
     with open(files[0]) as file:
         total, empty = (int(x) for x in re.findall(r"(?:total|empty) scheduled bundles:\s+(\d+)", file.read())[:2])
-    return kernel._replace(bundles=total, empty=empty)
+    return total, empty
 
 
 def _equations(jaxpr):
@@ -139,43 +148,31 @@ def report(name: str, topology: str, direction: str) -> dict[str, Any]:
     shape, B, T = SHAPES[name], FLAGS.batch_size, FLAGS.seq_len
     inputs = abstract_inputs(shape, B, T, jnp.dtype(FLAGS.dtype))
     arguments = (*inputs, jax.ShapeDtypeStruct((B, T), jnp.int32) if FLAGS.segments else None)
-    compiled = compile_for(topology, op(direction), *arguments)
+    # The forward kernel is in a backward pass too, but nothing reads its results there.
     kernels = find_kernels(op(direction), *arguments, chip=topology.split(":")[0])
-    text = compiled.as_text()  # without kernels whose results are not used
-    kernels = [read_bundles(kernel) for kernel in kernels if kernel.name in text]
+    kernels = [x for x in kernels if ("forward" in x.name) == (direction == "forward")]
+    units = B * shape.H * T / 128
+    rows = []
+    for x in kernels:
+        total, empty = (n * x.steps / units for n in count_bundles(x, topology))
+        rows.append(dict(name=x.name, bundles=total, empty=empty, mxu=x.mxu_cycles / units, hbm_bytes=x.hbm_bytes))
     q, k, v, _, g = (x if isinstance(x, tuple) else x.size * x.dtype.itemsize for x in inputs)
     least = q + k + v + g if direction == "forward" else 2 * (q + k + v) + g
-    units = B * shape.H * T / 128
-    memory = compiled.memory_analysis()
-    return dict(
-        shape=name,
-        topology=topology,
-        direction=direction,
-        kernels=[
-            dict(
-                name=x.name,
-                bundles=x.bundles * x.steps / units,
-                empty=x.empty * x.steps / units,
-                mxu_cycles=x.mxu_cycles / units,
-                hbm_bytes=x.hbm_bytes,
-            )
-            for x in kernels
-        ],
-        bundles=sum(x.bundles * x.steps for x in kernels) / units,
-        mxu_cycles=sum(x.mxu_cycles for x in kernels) / units,
-        hbm_ratio=sum(x.hbm_bytes for x in kernels) / least,
-        temp_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        xla_flops=(compiled.cost_analysis() or {}).get("flops"),
-    )
+    figures = {key: sum(row[key] for row in rows) for key in ("bundles", "empty", "mxu")}
+    figures["hbm_ratio"] = sum(row["hbm_bytes"] for row in rows) / least
+    if FLAGS.program:
+        compiled = compile_for(topology, op(direction), *arguments)
+        memory = compiled.memory_analysis()
+        figures |= dict(temp_bytes=memory.temp_size_in_bytes, argument_bytes=memory.argument_size_in_bytes)
+        figures |= dict(output_bytes=memory.output_size_in_bytes, xla_flops=compiled.cost_analysis().get("flops"))
+    return dict(shape=name, topology=topology, direction=direction, kernels=rows, **figures)
 
 
 def main(_):
     load_compiler(dump=True)
     print(f"jax {jax.__version__}, {FLAGS.backend}, {FLAGS.dtype}, B = {FLAGS.batch_size}, T = {FLAGS.seq_len}", end="")
     print(", with segments" if FLAGS.segments else "")
-    print(f"{'':<26}{'kernel':<24}{'bundles':>9}{'empty':>8}{'MXU':>8}{'HBM ratio':>11}{'temporary':>13}")
+    print(f"{'':<26}{'kernel':<22}{'bundles':>9}{'empty':>7}{'MXU':>6}{'HBM ratio':>11}{'memory':>12}{'XLA':>12}")
     rows = []
     for name in FLAGS.shape:
         for topology in FLAGS.topology:
@@ -183,11 +180,12 @@ def main(_):
                 row = report(name, topology, direction)
                 rows.append(row)
                 for x in row["kernels"] if len(row["kernels"]) > 1 else []:
-                    print(f"{'':<26}{x['name']:<24}{x['bundles']:>9.0f}{x['empty']:>8.0f}{x['mxu_cycles']:>8.0f}")
-                label = f"{name} {topology} {direction}"
-                empty, temporary = sum(x["empty"] for x in row["kernels"]), f"{row['temp_bytes'] / 1e6:.1f} MB"
-                print(f"{label:<26}{'all':<24}{row['bundles']:>9.0f}{empty:>8.0f}{row['mxu_cycles']:>8.0f}", end="")
-                print(f"{row['hbm_ratio']:>11.2f}{temporary:>13}", flush=True)
+                    print(f"{'':<26}{x['name']:<22}{x['bundles']:>9.0f}{x['empty']:>7.0f}{x['mxu']:>6.0f}")
+                line = f"{f'{name} {topology} {direction}':<26}{'all':<22}{row['bundles']:>9.0f}{row['empty']:>7.0f}"
+                line += f"{row['mxu']:>6.0f}{row['hbm_ratio']:>11.2f}"
+                if FLAGS.program:
+                    line += f"{row['temp_bytes'] / 1e6:>9.1f} MB{row['xla_flops'] / 1e9:>6.1f} GFLOP"
+                print(line, flush=True)
     if FLAGS.json:
         with open(FLAGS.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -26,8 +26,8 @@ from jax.interpreters import mlir
 from idattn.ops.chunks import Tables
 
 LANES = 128
-MAX_HEADS = 8  # query heads whose chains of products a program interleaves
-MERGED = 4  # chunks in a program of the kernel that recomputes the states
+MAX_HEADS = 16  # query heads whose chains of products a program interleaves
+MERGED = 8  # chunks in a program of the kernel that recomputes the states
 VMEM_BYTES = 56 * 2**20  # of 64 MiB (v5p) or 128 MiB (v5e, v6e)
 INTERPRET = False  # what `pallas_call` takes as `interpret`; tests on machines without a TPU set it
 
@@ -526,14 +526,18 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
 
 
 def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False) -> _Block:
-    """The block with the most heads, of those that fill whole tiles of lanes or are all, within the limits."""
+    """The block with the most heads, of those that fill whole tiles of lanes or are all, within the limits.
+
+    Not all heads if it can be half of them: the two cores of a v5p work on different blocks.
+    """
     H, R = q.shape[2:]
     G, E = k.shape[2], v.shape[3]
     M2 = -(-2 * M // LANES) * LANES
     whole = [d for d in range(1, G + 1) if G % d == 0 and (d == G or (d * R % LANES == 0 and d * E % LANES == 0))]
     blocks = [_Block(K, heads, H // G, R, E, M2, has_segments, has_state) for heads in whole]
     fit = [x for x in blocks if x.heads * x.J <= MAX_HEADS and x.vmem_bytes(q.dtype.itemsize) <= VMEM_BYTES]
-    return fit[-1] if fit else blocks[0]
+    halves = [x for x in fit if x.heads < G]
+    return (halves or fit or blocks[:1])[-1]
 
 
 def _pad_modes(block: _Block, x, axis: int = -1):

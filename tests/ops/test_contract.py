@@ -212,6 +212,15 @@ def test_float32(backend, shape):
         judge(function, case, shape.readout, "float32", segment_ids, rng, check)
 
 
+def test_kernels_with_heads_across_tiles():
+    """Two blocks of four heads, whose keys cross the tiles of 128 lanes; more modes than a tile; a ragged T."""
+    rng = np.random.default_rng(11)
+    T, K = 21, 8
+    case = helpers.random_case(rng, B=2, T=T, H=8, G=8, R=96, E=32, M=70, fast_phase=np.pi)
+    check, ids = close("float32", T * 70), np.stack([helpers.random_segments(rng, T) for _ in range(2)])
+    judge(attention("pallas_tpu", K, "transpose"), case, "transpose", "float32", ids, rng, check)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "fft"])
 def test_bfloat16_inputs(backend):
     """Root mean square errors at most 1 % of every head's output and gradients, for Delta from 1e-5 to 1.
