@@ -29,7 +29,7 @@ def blocked_product(x, y):
     )(x, y)
 
 
-@pytest.mark.parametrize(("chip", "cycles"), [("v5e", 8 / 4), ("v6e", 8 / 2)])
+@pytest.mark.parametrize(("chip", "cycles"), [("v5e", 8 / 4), ("v6e", 8 / 4)])
 def test_traffic_and_products_of_a_kernel(chip, cycles):
     x, y = jax.ShapeDtypeStruct((32, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 48), jnp.bfloat16)
     (kernel,) = tpu_schedule.find_kernels(jax.jit(blocked_product), x, y, chip=chip)

@@ -18,11 +18,18 @@ from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step
 
 XLA_BACKENDS = ("recurrent", "associative", "chunkwise")
 BACKENDS = (*XLA_BACKENDS, "pallas_tpu")
-pallas_tpu.INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 SIZES = dict(H=4, G=2, R=4, E=3, M=5)
 PADDING = helpers.PADDING
 # Compiling takes nearly all of this file's time, and half of it so.
 QUICK = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted():
+    """Run the kernels interpreted, with NaN wherever they have not written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
