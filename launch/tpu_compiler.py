@@ -20,7 +20,7 @@ def load_compiler(*, dump: bool) -> None:
       SystemExit: it is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[tpu]'")
+        raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[compile]'")
     if dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
     jax.config.update("jax_platforms", "cpu")

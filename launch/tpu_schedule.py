@@ -111,7 +111,7 @@ def _traffic(grid_mapping) -> int:
         rest = [0] * (len(index_map.jaxpr.invars) - len(indices))  # prefetched scalars, which no index map here reads
         evaluate = jax.vmap(lambda *i, index_map=index_map, rest=rest: jaxpr_as_fun(index_map)(*i, *rest))
         blocks = np.stack([np.broadcast_to(x, indices[0].shape) for x in evaluate(*indices)])
-        moves = 1 + np.count_nonzero(np.any(blocks[:, 1:] != blocks[:, :-1], axis=0))
+        moves = 1 + int(np.count_nonzero(np.any(blocks[:, 1:] != blocks[:, :-1], axis=0)))
         size = math.prod(getattr(width, "block_size", width) for width in mapping.block_shape)
         total += moves * size * mapping.array_aval.dtype.itemsize
     return total

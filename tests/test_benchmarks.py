@@ -36,11 +36,12 @@ def test_traffic_and_products_of_a_kernel(chip, cycles):
     assert (kernel.name, kernel.steps) == ("blocked_product", 12)
     assert kernel.hbm_bytes == 3 * 32 * 64 * 2 + 64 * 48 * 2 + 32 * 48 * 4  # x again for every block of columns
     assert kernel.mxu_cycles == 12 * cycles
+    json.dumps(kernel[1:])  # which an integer of numpy's would refuse
 
 
 def test_a_missing_compiler_is_said_with_the_extra_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"libtpu.*idattn\[tpu\]"):
+    with pytest.raises(SystemExit, match=r"libtpu.*idattn\[compile\]"):
         tpu_compiler.load_compiler(dump=False)
 
 
