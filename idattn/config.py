@@ -36,6 +36,14 @@ MIXERS: Mapping[str, MixerKind] = {
 }
 
 
+REMAT: Mapping[str, str] = {
+    "none": "nothing",
+    "dots": "all but the results of matrix products with weights",
+    "mixer": "all but the mixers' outputs, so that no op runs forward twice",
+    "block": "all but the blocks' inputs",
+}
+
+
 def _check_at_least(section: object, bound: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
@@ -144,14 +152,29 @@ class ComputeConfig:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters, states and the loss are float32
     backend: str = "auto"  # of idattn.ops.interdomain_attention
     chunk_size: int = 128  # K, tokens in a chunk of the op
-    remat: str = "none"  # "block" recomputes every block in the backward pass
+    remat: str = "none"  # what the backward pass recomputes, see REMAT
     loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, ("bfloat16", "float32", "float64"))
         check_choice("backend", self.backend, BACKENDS)
-        check_choice("remat", self.remat, ("none", "block"))
+        check_choice("remat", self.remat, REMAT)
         _check_at_least(self, 1, "chunk_size", "loss_chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (`idattn.sharding`): changes speed and memory, never which model it is."""
+
+    data: int = -1  # rows of the batch, parameters copied; -1: all devices that remain
+    fsdp: int = 1  # rows of the batch, parameters split
+    sequence: int = 1  # tokens
+    tensor: int = 1  # heads, channels of the MLP, vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh={sizes} must be at least 1 each, or -1 for one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +218,7 @@ class TrainConfig:
     steps: int  # optimiser steps
     batch_size: int  # sequences in an optimiser step
     accumulation: int = 1  # equal parts of the batch that run one after another
+    skip_not_finite: int = 0  # steps whose loss or gradient is not finite that are left out; one more stops the run
     log_every: int = 10  # steps
     eval_every: int = 500  # steps; always after the last
     eval_batches: int = 64  # validation batches of an evaluation at most
@@ -210,7 +234,7 @@ class TrainConfig:
             self, 1, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
             "checkpoint_every", "keep_latest", "sample_tokens",
         )  # fmt: skip
-        _check_at_least(self, 0, "keep_best", "ngram_orders")
+        _check_at_least(self, 0, "keep_best", "ngram_orders", "skip_not_finite")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}.")
 
@@ -225,6 +249,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if self.optim.warmup_steps > self.train.steps:
@@ -233,7 +258,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is; the others may change when it is resumed."""
         values = dataclasses.asdict(self)
-        del values["compute"]
+        del values["compute"], values["mesh"]
         values["train"] = {name: values["train"][name] for name in ("steps", "batch_size", "accumulation")}
         return values
 

@@ -1,9 +1,12 @@
 """Next-token cross-entropy without the logits of a whole batch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from idattn.ops.product import product
+from idattn.sharding import RULES, constrain, is_split, on_shards, spec
 
 
 def cross_entropy(
@@ -23,23 +26,42 @@ def cross_entropy(
     Returns:
       The sum in nats and the sum of the mask, float32 (float64 under x64) scalars.
     """
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    axes = RULES["V"] if is_split("V") else ()
+    function = partial(_total, axes=axes, chunk=chunk)
+    tokens, words = spec("B", "T"), spec(None, "V")
+    # One sum a device, of its tokens: adding them up is the only exchange that all devices need.
+    total = on_shards(function, (tokens, words, tokens, tokens), spec("B", "T"))
+    mask = mask.astype(dtype)
+    return jnp.sum(total(hidden, constrain(head, None, "V"), targets, mask)), jnp.sum(mask)
+
+
+def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) -> jax.Array:
+    """The sum over a device's tokens, (1, 1); its part of the vocabulary is one of those along the mesh axes `axes`."""
     D = hidden.shape[-1]
     count = targets.size
     chunk = min(chunk, count)
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    begin = jax.lax.axis_index(axes) * head.shape[1] if axes else 0
 
     def split(x):
         x = x.reshape(count, *x.shape[2:])
         return jnp.pad(x, ((0, -count % chunk), *[(0, 0)] * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
+
+    def everywhere(x):
+        return jax.lax.psum(x, axes) if axes else x
 
     @jax.checkpoint
     def add(total, tokens):
         x, target, weight = tokens
         # Cast inside, so that the head's gradient is summed over chunks in float32.
         logits = product("nd,dv->nv", x, head, x.dtype)
-        right = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - right)), None
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        top = jax.lax.pmax(top, axes) if axes else top
+        normaliser = top + jnp.log(everywhere(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+        index = target - begin
+        own = jnp.take_along_axis(logits, jnp.clip(index, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
+        right = everywhere(jnp.where((index >= 0) & (index < head.shape[1]), own, 0))
+        return total + jnp.sum(weight * (normaliser - right)), None
 
-    mask = mask.astype(dtype)
     tokens = (split(hidden.reshape(*targets.shape, D)), split(targets), split(mask))
-    return jax.lax.scan(add, jnp.zeros((), dtype), tokens)[0], jnp.sum(mask)
+    return jax.lax.scan(add, jnp.zeros((), mask.dtype), tokens)[0][None, None]

@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is there to compi
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.extend.backend import clear_backends  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
 
@@ -18,3 +19,13 @@ def optimised():
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    """Eight simulated devices rather than one."""
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", 8)
+    yield jax.devices()
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", 1)

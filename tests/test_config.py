@@ -14,6 +14,7 @@ from idattn.config import (
     ComputeConfig,
     Config,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     SSMConfig,
@@ -210,16 +211,23 @@ def test_identity_leaves_out_only_how_a_run_is_run():
 
     free = {
         "log_every": 3, "eval_every": 2, "eval_batches": 5, "checkpoint_every": 4, "keep_latest": 7, "keep_best": 8,
-        "ngram_orders": 1, "sample_prompt": "x", "sample_tokens": 3,
+        "ngram_orders": 1, "sample_prompt": "x", "sample_tokens": 3, "skip_not_finite": 2,
     }  # fmt: skip
     assert set(free) | set(identity["train"]) == {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in free.items():
         assert getattr(TRAIN, name) != value
         assert dataclasses.replace(CONFIG, train=dataclasses.replace(TRAIN, **{name: value})).identity() == identity
     assert dataclasses.replace(CONFIG, compute=ComputeConfig()).identity() == identity
+    assert dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=2)).identity() == identity
     for name, value in {"steps": 10, "batch_size": 12, "accumulation": 2}.items():
         assert dataclasses.replace(CONFIG, train=dataclasses.replace(TRAIN, **{name: value})).identity() != identity
     assert dataclasses.replace(CONFIG, seed=8).identity() != identity
+
+
+def test_mesh_sizes():
+    for sizes in ({"fsdp": 0}, {"data": -2}, {"tensor": -1}):  # data is -1 already
+        with pytest.raises(ValueError, match="must be at least 1 each, or -1 for one of them"):
+            MeshConfig(**sizes)
 
 
 def test_check_choice():

@@ -59,7 +59,7 @@ def trained(start, corpus, tmp_path_factory):
 def test_train(trained):
     done, workdir = trained
     assert done.returncode == 0, done.stderr
-    assert f"3 steps of 32 tokens on cpu; new run in {workdir}\n" in done.stdout
+    assert f"3 steps of 32 tokens on 1 x cpu; new run in {workdir}\n" in done.stdout
     assert "validation loss on b, nats per token\n  1-gram" in done.stdout
     assert "\nsample\n  ab|" in done.stdout
     assert f"loss curves: {workdir / 'loss.png'}\n" in done.stdout

@@ -1,7 +1,7 @@
 """Windows of tokens over a stream of documents, and their batches for training and validation."""
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import SupportsIndex
 
 import grain
@@ -118,19 +118,22 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, TokenWindows, TokenWindows
     return tokenizer, train, validation
 
 
-def train_iterator(windows: TokenWindows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def train_iterator(
+    windows: TokenWindows, batch_size: int, seed: int, rows: Sequence[int] | None = None
+) -> grain.DatasetIterator[Batch]:
     """Endless batches of shuffled windows; every epoch has an order of its own, and batches may straddle epochs.
 
-    Batch number n is a function of `seed`, n, `batch_size` and the windows alone, so the iterator's checkpoint is n.
-    Save it with `grain.checkpoint.CheckpointSave` and `CheckpointRestore`, or `get_state` and `set_state`.
+    Batch number n is a function of `seed`, n, `batch_size` and the windows alone, so the iterator's state is n, for any
+    number of processes: save what `get_state` returns, and give it to `set_state`.
 
     Args:
       windows: at least `batch_size`.
       batch_size: B, at least 1.
       seed: at least 0.
+      rows: the rows of every batch to read, ascending; None for all.
 
     Returns:
-      A checkpointable iterator over dicts of (B, T) arrays, the keys those of `TokenWindows`.
+      A checkpointable iterator over dicts of (rows, T) arrays, the keys those of `TokenWindows`.
 
     Raises:
       ValueError: an argument breaks its rule.
@@ -142,24 +145,40 @@ def train_iterator(windows: TokenWindows, batch_size: int, seed: int) -> grain.D
             f"the training text has {len(windows)} windows, fewer than batch_size={batch_size}; use a smaller batch, "
             "shorter windows or more text."
         )
-    # An endless stream has no remainder to drop, but without drop_remainder grain rounds its length up in floating
-    # point, which overflows for batch_size=1.
-    batches = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+    shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    batches = grain.MapDataset.source(_Batches(shuffled, batch_size, range(batch_size) if rows is None else rows))
     # The stream is in memory: one thread that stays a few batches ahead is enough, where the default keeps 500.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def eval_batches(windows: TokenWindows, batch_size: int, limit: int) -> Iterator[Batch]:
+class _Batches:
+    """Some rows of the batches that consecutive windows make: a grain data source."""
+
+    def __init__(self, windows: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._windows, self._batch_size, self._rows = windows, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch_size
+
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        first = operator.index(index) * self._batch_size
+        return _stack([self._windows[first + row] for row in self._rows])
+
+
+def eval_batches(
+    windows: TokenWindows, batch_size: int, limit: int, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """One pass over the windows in order, or over an evenly spaced part of them; the same at every call.
 
     Args:
       windows: when they fill more than `limit` batches, limit * batch_size of them are taken, spread evenly.
       batch_size: B, at least 1.
       limit: batches at most, at least 1.
+      rows: the rows of every batch to read, ascending; None for all.
 
     Returns:
-      An iterator over dicts of (B, T) arrays, the keys those of `TokenWindows`. Rows that are missing in the last batch
-      have segment id -1 and loss mask 0.
+      An iterator over dicts of (rows, T) arrays, the keys those of `TokenWindows`. Rows that are missing in the last
+      batch have segment id -1 and loss mask 0.
 
     Raises:
       ValueError: `batch_size` or `limit` is less than 1.
@@ -168,17 +187,21 @@ def eval_batches(windows: TokenWindows, batch_size: int, limit: int) -> Iterator
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1.")
     count = min(len(windows), limit * batch_size)
     chosen = [number * len(windows) // count for number in range(count)]
-    return (_batch(windows, chosen[first : first + batch_size], batch_size) for first in range(0, count, batch_size))
+    rows = range(batch_size) if rows is None else rows
+    missing = {name: np.full_like(array, _PADDING[name]) for name, array in windows[0].items()}
+
+    def batch(first: int) -> Batch:
+        return _stack([windows[chosen[first + row]] if first + row < count else missing for row in rows])
+
+    return (batch(first) for first in range(0, count, batch_size))
 
 
-def _batch(windows: TokenWindows, chosen: list[int], batch_size: int) -> Batch:
-    rows = [windows[number] for number in chosen]
-    return _pad({name: np.stack([row[name] for row in rows]) for name in _PADDING}, batch_size)
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _pad(arrays: Batch, length: int) -> Batch:
     """Lengthens the first axis of every array to `length`."""
     return {
-        name: np.pad(array, [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=_PADDING[name])
-        for name, array in arrays.items()
+        name: np.pad(array, (0, length - len(array)), constant_values=_PADDING[name]) for name, array in arrays.items()
     }

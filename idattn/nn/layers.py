@@ -1,6 +1,7 @@
 """The parts that the mixers and the decoder share: projections, norms, convolutions, rotary positions, the basis.
 
-Parameters are float32; everything computes in the dtype of its input. `SSMParam` marks the parameters of the
+Parameters are float32 and name their dimensions (`dims`) for `idattn.sharding`; everything computes in the dtype of its
+input. `SSMParam` marks the parameters of the
 optimiser's SSM group (norm scales and biases of eq. 12, Delta, A, C, c_out), `MatrixParam` those with weight decay.
 """
 
@@ -13,6 +14,7 @@ from flax import nnx
 from idattn.config import SSMConfig
 from idattn.ops import Basis
 from idattn.ops.segments import last_token, run_index
+from idattn.sharding import constrain
 
 
 class SSMParam(nnx.Param):
@@ -24,13 +26,16 @@ class MatrixParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """x W without bias, from `num_in` to `num_out` channels; W starts normal with standard deviation `std`."""
+    """x W without bias, W (num_in, num_out) starting normal with standard deviation `std`; `dims` name its two axes."""
 
-    def __init__(self, num_in: int, num_out: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = MatrixParam(std * jax.random.normal(rngs.params(), (num_in, num_out)))
+    def __init__(self, num_in: int, num_out: int, dims: tuple[str, str], *, std: float, rngs: nnx.Rngs):
+        self.weight = MatrixParam(std * jax.random.normal(rngs.params(), (num_in, num_out)), dims=dims)
+        self.dims = tuple(None if dim == "D" else dim for dim in dims)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight[...].astype(x.dtype)
+        """x (B, T, num_in) -> (B, T, num_out)."""
+        weight = constrain(self.weight[...].astype(x.dtype), *self.dims)  # gathered over fsdp, in the smaller dtype
+        return constrain(x @ weight, "B", "T", self.dims[1])
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -44,7 +49,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale, of the residual stream (..., D)."""
 
     def __init__(self, dim: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones(dim))
+        self.scale = nnx.Param(jnp.ones(dim), dims=(None,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,8 +60,8 @@ class HeadNorm(nnx.Module):
     """RMSNorm(x) + b of eq. 12 on heads (B, T, G, width): one scale for all heads, a bias for each."""
 
     def __init__(self, num_heads: int, width: int, *, eps: float, bias_init: float):
-        self.scale = SSMParam(jnp.ones(width))
-        self.bias = SSMParam(jnp.full((num_heads, width), bias_init))
+        self.scale = SSMParam(jnp.ones(width), dims=("R",))
+        self.bias = SSMParam(jnp.full((num_heads, width), bias_init), dims=("G", "R"))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,13 +88,14 @@ def rotate_positions(x: jax.Array, positions: jax.Array, base: float) -> jax.Arr
 class ShortConv(nnx.Module):
     """A causal depthwise convolution over (B, T, channels) with bias, which never looks across a document's border.
 
-    The taps start uniform within 1 / sqrt(width) (by fan-in), the bias at zero.
+    The taps start uniform within 1 / sqrt(width) (by fan-in), the bias at zero; `dim` names the channels.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, dim: str, *, rngs: nnx.Rngs):
         bound = 1 / math.sqrt(width)
-        self.taps = nnx.Param(jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        taps = jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
+        self.taps = nnx.Param(taps, dims=(None, dim))
+        self.bias = nnx.Param(jnp.zeros(channels), dims=(dim,))
         self.width = width
 
     def __call__(self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None):
@@ -100,29 +106,36 @@ class ShortConv(nnx.Module):
           tail: (B, width - 1, channels) inputs of the tokens before, of token 0's document; None for zeros.
           segment_ids: (B, T), as in `idattn.ops.interdomain_attention`, or None for one document.
         """
-        B, T, channels = x.shape
-        before = self.width - 1
-        tail = jnp.zeros((B, before, channels), x.dtype) if tail is None else tail.astype(x.dtype)
-        padded = jnp.concatenate([tail, x], axis=1)
+        T, before = x.shape[1], self.width - 1
+        padded, runs = self._with_tail(x, tail, segment_ids)
         taps = self.taps[...].astype(x.dtype)
-        runs = None if segment_ids is None else jnp.pad(run_index(segment_ids), ((0, 0), (before, 0)))
         y = self.bias[...].astype(x.dtype)
         for i in range(self.width):  # a constant few shifted sums, which XLA fuses into one pass
             shifted = padded[:, i : i + T]
             if runs is not None:
                 shifted = jnp.where((runs[:, i : i + T] == runs[:, before:])[..., None], shifted, 0)
             y = y + shifted * taps[i]
-        return y, self._next_tail(padded, runs, segment_ids, T)
+        return y, self.next_tail(x, tail, segment_ids)
 
-    def _next_tail(self, padded, runs, segment_ids, T: int) -> jax.Array:
+    def next_tail(self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
+        """The tail after x; arguments as above."""
         before = self.width - 1
+        padded, runs = self._with_tail(x, tail, segment_ids)
         if segment_ids is None:
-            return padded[:, T:]
+            return padded[:, x.shape[1] :]
         # The inputs up to the last token that is not padding, without those of other documents.
         index = (last_token(segment_ids) + 1)[:, None] + jnp.arange(before)
         rows = jnp.arange(padded.shape[0])[:, None]
         same = runs[rows, index] == runs[rows, index[:, -1:]] if before else jnp.ones(index.shape, bool)
         return jnp.where(same[..., None], padded[rows, index], 0)
+
+    def _with_tail(self, x, tail, segment_ids):
+        """The tail and x behind one another, and the runs of both."""
+        B, _, channels = x.shape
+        before = self.width - 1
+        tail = jnp.zeros((B, before, channels), x.dtype) if tail is None else tail.astype(x.dtype)
+        runs = None if segment_ids is None else jnp.pad(run_index(segment_ids), ((0, 0), (before, 0)))
+        return jnp.concatenate([tail, x], axis=1), runs
 
 
 class StateBasis(nnx.Module):
@@ -135,10 +148,10 @@ class StateBasis(nnx.Module):
     def __init__(self, num_heads: int, config: SSMConfig, *, rngs: nnx.Rngs):
         G, M = num_heads, config.num_modes
         low, high = math.log(config.delta_min), math.log(config.delta_max)
-        self.log_delta = SSMParam(jax.random.uniform(rngs.params(), (G,), minval=low, maxval=high))
-        self.a_log = SSMParam(jnp.full((G, M), math.log(0.5)))
+        self.log_delta = SSMParam(jax.random.uniform(rngs.params(), (G,), minval=low, maxval=high), dims=("G",))
+        self.a_log = SSMParam(jnp.full((G, M), math.log(0.5)), dims=("G", "M"))
         n = jnp.arange(M, dtype=jnp.float32)
-        self.a_imag = SSMParam(jnp.broadcast_to(M / math.pi * (M / (2 * n + 1) - 1), (G, M)))
+        self.a_imag = SSMParam(jnp.broadcast_to(M / math.pi * (M / (2 * n + 1) - 1), (G, M)), dims=("G", "M"))
         if config.c == "identity":
             self.c = None
             return
@@ -148,7 +161,7 @@ class StateBasis(nnx.Module):
         else:
             eye = jnp.eye(M) if config.c == "full" else jnp.ones(M)
             planes = jnp.zeros((2, *shape)).at[0].set(math.sqrt(config.c_init_scale) * eye)
-        self.c = SSMParam(planes)
+        self.c = SSMParam(planes, dims=(None, "G", *"MM"[: len(shape) - 1]))
 
     def __call__(self) -> Basis:
         """The parameters as `idattn.ops` takes them."""

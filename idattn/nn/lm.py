@@ -11,15 +11,23 @@ from idattn.config import MIXERS, ComputeConfig, ModelConfig
 from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
 from idattn.nn.ssm import SSMMixer
+from idattn.sharding import constrain, param_specs
+
+_KEPT = {  # for the backward pass, see `idattn.config.REMAT`
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mixer": jax.checkpoint_policies.save_only_these_names("mixer"),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class SwiGLU(nnx.Module):
     """(SiLU(x W_gate) * x W_up) W_down."""
 
     def __init__(self, config: ModelConfig, *, residual_std: float, rngs: nnx.Rngs):
-        self.gate = Linear(config.model_dim, config.mlp_dim, std=config.init_std, rngs=rngs)
-        self.up = Linear(config.model_dim, config.mlp_dim, std=config.init_std, rngs=rngs)
-        self.down = Linear(config.mlp_dim, config.model_dim, std=residual_std, rngs=rngs)
+        D, F = config.model_dim, config.mlp_dim
+        self.gate = Linear(D, F, ("D", "F"), std=config.init_std, rngs=rngs)
+        self.up = Linear(D, F, ("D", "F"), std=config.init_std, rngs=rngs)
+        self.down = Linear(F, D, ("F", "D"), std=residual_std, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -78,7 +86,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         self.embedding = MatrixParam(
-            config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim))
+            config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim)), dims=("V", "D")
         )
         repeats = config.num_layers // len(config.mixers)
 
@@ -89,7 +97,7 @@ class LanguageModel(nnx.Module):
 
         self.groups = stack(rngs)  # every parameter with a leading axis of repetitions
         self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
-        self.head = Linear(config.model_dim, config.vocab_size, std=config.init_std, rngs=rngs)
+        self.head = Linear(config.model_dim, config.vocab_size, ("D", "V"), std=config.init_std, rngs=rngs)
 
     def hidden(
         self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None
@@ -101,7 +109,8 @@ class LanguageModel(nnx.Module):
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: from `init_state` or an earlier call, to go on from there; None to start anew and keep none.
         """
-        x = self.embedding[...].astype(self.compute.dtype)[tokens]
+        embedding = constrain(self.embedding[...].astype(self.compute.dtype), "V", None)
+        x = constrain(embedding[tokens], "B", "T", None)
         graphdef, params = nnx.split(self.groups)
 
         def apply(x, params_and_states):
@@ -109,8 +118,8 @@ class LanguageModel(nnx.Module):
             x, new_states = nnx.merge(graphdef, params)(x, segment_ids, states)
             return x, None if states is None else new_states
 
-        if self.compute.remat == "block":
-            apply = jax.checkpoint(apply, prevent_cse=False)
+        if self.compute.remat != "none":
+            apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT[self.compute.remat])
         x, state = jax.lax.scan(apply, x, (params, state))
         return self.final_norm(x), state
 
@@ -128,3 +137,10 @@ class LanguageModel(nnx.Module):
         group = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], params))
         states = [b.mixer.init_state(batch_size, max_tokens, jnp.dtype(self.compute.dtype)) for b in group.blocks]
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), states)
+
+
+def model_specs(model: LanguageModel) -> dict[str, Any]:
+    """How the parameters of a model, abstract or real, are split: PartitionSpecs in their nested dicts."""
+    specs = param_specs(nnx.state(model, nnx.Param))
+    groups = param_specs(nnx.state(model.groups, nnx.Param), stacked=True)
+    return nnx.to_pure_dict(specs) | {"groups": nnx.to_pure_dict(groups)}

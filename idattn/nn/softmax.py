@@ -5,10 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from idattn.config import ModelConfig
+from idattn.nn import carry
 from idattn.nn.layers import Linear, rotate_positions
 from idattn.ops.segments import PADDING, document_positions, last_token, run_index
+from idattn.sharding import is_split, on_shards, spec
 
 
 class KVCache(NamedTuple):
@@ -31,10 +34,10 @@ class SoftmaxAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, residual_std: float, rngs: nnx.Rngs):
         D = config.model_dim
         self.config = config
-        self.query = Linear(D, D, std=config.init_std, rngs=rngs)
-        self.key = Linear(D, D, std=config.init_std, rngs=rngs)
-        self.value = Linear(D, D, std=config.init_std, rngs=rngs)
-        self.output = Linear(D, D, std=residual_std, rngs=rngs)
+        self.query = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
+        self.key = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
+        self.value = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
+        self.output = Linear(D, D, ("H", "D"), std=residual_std, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: KVCache | None = None
@@ -46,27 +49,32 @@ class SoftmaxAttention(nnx.Module):
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: the cache of the tokens before; it must have room for this call's tokens.
         """
-        B, T, D = x.shape
+        projected = self.query(x), self.key(x), self.value(x)
+        tokens, heads, cache = spec("B", "T"), spec("B", "T", "H"), spec("B", None, "H")
+        cache = None if state is None else KVCache(cache, cache, spec("B"))
+        if state is not None and is_split("T"):
+            raise NotImplementedError("a cache of keys cannot be split over tokens; use mesh.sequence=1 to generate.")
+        core = on_shards(self._attend, ((heads,) * 3, None if segment_ids is None else tokens, cache), (heads, cache))
+        o, state = core(projected, segment_ids, state)
+        return self.output(o), state
+
+    def _attend(self, projected, segment_ids, state):
+        """The heads' outputs (B, T, channels), and the cache, for any heads and, without a cache, tokens of a shard."""
+        B, T, _ = projected[0].shape
+        axis = "sequence" if is_split("T") else None
         ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
         start = jnp.zeros(B, jnp.int32) if state is None else state.position
+        start = carry.positions(segment_ids, T, start, axis)
         positions, end = document_positions(ids, start)
-
-        def heads(y):
-            return y.reshape(B, T, self.config.num_heads, self.config.head_dim)
-
-        q = rotate_positions(heads(self.query(x)), positions, self.config.rope_base)
-        k = rotate_positions(heads(self.key(x)), positions, self.config.rope_base)
-        v = heads(self.value(x))
-        if state is None and segment_ids is None:
-            o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-            return self.output(o.reshape(B, T, D)), None
+        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in projected)
+        q = rotate_positions(q, positions, self.config.rope_base)
+        k = rotate_positions(k, positions, self.config.rope_base)
+        if state is None:
+            o = self._among_themselves(q, k, v, segment_ids, axis)
+            return checkpoint_name(o.reshape(B, T, -1), "mixer"), None
 
         runs = run_index(ids)
         mask = (runs[:, :, None] == runs[:, None, :]) & jnp.tri(T, dtype=bool)
-        if state is None:
-            o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-            return self.output(o.reshape(B, T, D)), None
-
         slots = jnp.arange(state.k.shape[1])
         cached = (slots < start[:, None])[:, None] & (runs == 0)[..., None]  # (B, T, max_tokens)
         mask = jnp.concatenate([cached, mask], axis=2)
@@ -77,7 +85,24 @@ class SoftmaxAttention(nnx.Module):
         last_run = jnp.take_along_axis(runs, jnp.maximum(last_token(ids), 0)[:, None], axis=1)
         slot = jnp.where((runs == last_run) & (ids != PADDING), positions, state.k.shape[1])
         new = [old.at[rows, slot].set(y, mode="drop") for old, y in ((state.k, k), (state.v, v))]
-        return self.output(o.reshape(B, T, D)), KVCache(*new, end)
+        return o.reshape(B, T, -1), KVCache(*new, end)
+
+    def _among_themselves(self, q, k, v, segment_ids, axis: str | None):
+        """Causal attention among the tokens of all shards, whose keys and values every shard gathers."""
+        if axis is None and segment_ids is None:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        T = q.shape[1]
+        first = 0 if axis is None else T * jax.lax.axis_index(axis)
+
+        def everywhere(x):
+            return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+
+        k, v = everywhere(k), everywhere(v)
+        mask = (first + jnp.arange(T)[:, None] >= jnp.arange(k.shape[1]))[None]
+        if segment_ids is not None:
+            runs = run_index(everywhere(segment_ids))
+            mask &= jax.lax.dynamic_slice_in_dim(runs, first, T, axis=1)[:, :, None] == runs[:, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
     def init_state(self, batch_size: int, max_tokens: int, dtype: jnp.dtype) -> KVCache:
         """The empty cache for `batch_size` rows of at most `max_tokens` tokens, computed in `dtype`."""

@@ -10,16 +10,21 @@ two generic inputs, [a, b]? And how is it read: by queries (eq. 13) or by a lear
     s4d            [a, b]               linear    - (s4d_rope: a)
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from idattn import ops
 from idattn.config import MIXERS, ComputeConfig, MixerKind, ModelConfig, SSMConfig
+from idattn.nn import carry
 from idattn.nn.layers import HeadNorm, Linear, ShortConv, SSMParam, StateBasis, feature_map, rotate_positions
+from idattn.ops.discretize import multiply
 from idattn.ops.segments import document_positions
+from idattn.sharding import is_split, on_shards, param_specs, spec
 
 
 class SSMState(NamedTuple):
@@ -28,6 +33,102 @@ class SSMState(NamedTuple):
     state: jax.Array  # (B, G, 2, M, R + E), float32
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
     position: jax.Array  # (B,) int32, of the next token in its document
+
+
+class SSMCore(nnx.Module):
+    """What lies between a mixer's projections: convolutions, norms, features, the op; for any heads of it.
+
+    Args:
+      config: the options of the state.
+      kind: the cell of the ablation.
+      compute: backend, chunk size.
+      **parts: `first_conv`, `first_norm`, `second_norm`, `basis`, and as the cell has them `second_conv`, `query_conv`,
+        `c_out`.
+    """
+
+    def __init__(self, config: ModelConfig, kind: MixerKind, *, compute: ComputeConfig, **parts: Any):
+        self.config, self.kind, self.compute = config, kind, compute
+        self.conv_names = tuple(name.removesuffix("_conv") for name in parts if name.endswith("_conv"))
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def __call__(
+        self,
+        projected: dict[str, jax.Array],
+        segment_ids: jax.Array | None,
+        state: SSMState | None,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, SSMState]:
+        """The heads' outputs (B, T, channels), and the state after the tokens.
+
+        Args:
+          projected: name of the projection -> (B, T, channels).
+          segment_ids, state: as in `SSMMixer`.
+          axis: the mesh axis that the tokens are split over, or None; then `state` is what the sequence goes on from.
+        """
+        B, T, _ = projected["first"].shape
+        one_token = state is not None and T == 1 and segment_ids is None and axis is None
+        same = carry.continues(segment_ids, axis)
+        tails = {}
+
+        def convolve(name):
+            y, conv = projected[name], getattr(self, f"{name}_conv")
+            tail = None if state is None else state.conv_tails[name]
+            if axis is not None:
+                tail = carry.neighbour(conv.next_tail(y, None, segment_ids), tail, same, axis)
+            y, tails[name] = conv(y, tail, segment_ids)
+            return self._heads(y)
+
+        start = jnp.zeros(B, jnp.int32) if state is None else state.position
+        start = carry.positions(segment_ids, T, start, axis)
+        if segment_ids is None:
+            positions, end = start[:, None] + jnp.arange(T, dtype=jnp.int32), start + T
+        else:
+            positions, end = document_positions(segment_ids, start)
+        second = self._heads(projected["second"]) if self.kind.feature_map else convolve("second")
+        k = self.first_norm(self._features(convolve("first"), positions, self.kind.feature_map))
+        v = self.second_norm(second)
+
+        ssm, basis = self.config.ssm, self.basis()
+        ssm_state = None if state is None else state.state
+        if axis is not None:
+            decay, own = ops.transfer((k, v), basis, segment_ids=segment_ids, chunk_size=self.compute.chunk_size)
+            ssm_state = jnp.zeros_like(own) if ssm_state is None else ssm_state
+            if same is not None:
+                same = same.reshape(-1, 1, 1, 1, 1)
+                decay = jnp.where(same, decay, 0)
+            ssm_state = carry.arriving(decay, own, ssm_state, axis, product=partial(multiply, axis=-3))
+            ssm_state = ssm_state if same is None else jnp.where(same, ssm_state, 0)
+        options: dict[str, Any] = dict(segment_ids=segment_ids, return_state=True)
+        options |= dict(backend=self.compute.backend, chunk_size=self.compute.chunk_size)
+        if self.kind.query_readout:
+            q = self._features(convolve("query"), positions, True)
+            if one_token:
+                o, ssm_state = ops.step(q[:, 0], k[:, 0], v[:, 0], basis, ssm_state, readout=ssm.readout)
+            else:
+                o, ssm_state = ops.interdomain_attention(
+                    q, k, v, basis, initial_state=ssm_state, readout=ssm.readout, **options
+                )
+        else:
+            z = jnp.concatenate([k, v], axis=-1)
+            if one_token:
+                o, ssm_state = ops.linear_step(z[:, 0], basis, self.c_out[...], ssm_state)
+            else:
+                o, ssm_state = ops.linear_readout(z, basis, self.c_out[...], initial_state=ssm_state, **options)
+        state = carry.at_the_end(SSMState(ssm_state, tails, end), segment_ids, axis)
+        return checkpoint_name(o.reshape(B, T, -1), "mixer"), state
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def _features(self, x: jax.Array, positions: jax.Array, mapped: bool) -> jax.Array:
+        """Heads with rotary positions and, if `mapped`, the feature map xi, in the configured order."""
+        after = mapped and self.config.ssm.rope_position == "after"
+        if after:
+            x = feature_map(x)
+        if self.kind.rope:
+            x = rotate_positions(x, positions, self.config.rope_base)
+        return feature_map(x) if mapped and not after else x
 
 
 class SSMMixer(nnx.Module):
@@ -48,29 +149,32 @@ class SSMMixer(nnx.Module):
         ssm = config.ssm
         if not kind.query_readout and ssm.heads_per_kv > 1:
             raise ValueError(f"heads_per_kv={ssm.heads_per_kv} needs a readout by queries: a linear one has none.")
-        self.config, self.kind, self.compute = config, kind, compute
+        self.config = config
 
-        def projection(width):
-            return Linear(D, width, std=config.init_std, rngs=rngs)
+        def projection(width, dim):
+            return Linear(D, width, ("D", dim), std=config.init_std, rngs=rngs)
 
-        def convolution(width):
-            return ShortConv(width, ssm.conv_width, rngs=rngs)
+        def norm():
+            return HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
 
-        self.first, self.first_conv = projection(G * R), convolution(G * R)  # k, or a
-        self.second = projection(G * R)  # v, or b
-        self.second_conv = None if kind.feature_map else convolution(G * R)
-        self.first_norm = HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
-        self.second_norm = HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
-        self.basis = StateBasis(G, ssm, rngs=rngs)
+        parts = {}
+        self.first = projection(G * R, "G")  # k, or a
+        parts["first_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+        self.second = projection(G * R, "G")  # v, or b
+        if not kind.feature_map:
+            parts["second_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+        parts |= {"first_norm": norm(), "second_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
         if kind.query_readout:
-            self.query, self.query_conv = projection(D), convolution(D)
+            self.query = projection(D, "H")
+            parts["query_conv"] = ShortConv(D, ssm.conv_width, "H", rngs=rngs)
             width = D
         else:
             std = ssm.num_modes**-0.5
-            self.c_out = SSMParam(std * jax.random.normal(rngs.params(), (G, ssm.num_modes)))
+            parts["c_out"] = SSMParam(std * jax.random.normal(rngs.params(), (G, ssm.num_modes)), dims=("G", "M"))
             width = 2 * D
-        self.gate = projection(width) if ssm.output_gate else None
-        self.output = Linear(width, D, std=residual_std, rngs=rngs)
+        self.core = SSMCore(config, kind, compute=compute, **parts)
+        self.gate = projection(width, "H") if ssm.output_gate else None
+        self.output = Linear(width, D, ("H", "D"), std=residual_std, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: SSMState | None = None
@@ -82,69 +186,34 @@ class SSMMixer(nnx.Module):
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: what an earlier call returned, to go on from there; None to start anew.
         """
-        B, T, _ = x.shape
-        one_token = state is not None and T == 1 and segment_ids is None
-        start = jnp.zeros(B, jnp.int32) if state is None else state.position
-        if segment_ids is None:
-            positions, end = start[:, None] + jnp.arange(T, dtype=jnp.int32), start + T
-        else:
-            positions, end = document_positions(segment_ids, start)
-        tails = {}
+        projected = {name: getattr(self, name)(x) for name in self._widths()}
+        graphdef, params = nnx.split(self.core)
 
-        def convolve(name, y):
-            tail = None if state is None else state.conv_tails[name]
-            y, tails[name] = getattr(self, f"{name}_conv")(y, tail, segment_ids)
-            return y
+        def core(params, projected, segment_ids, state):
+            axis = "sequence" if is_split("T") else None
+            return nnx.merge(graphdef, params)(projected, segment_ids, state, axis)
 
-        ssm = self.config.ssm
-        first = self._heads(convolve("first", self.first(x)))
-        second = self.second(x) if self.kind.feature_map else convolve("second", self.second(x))
-        k = self.first_norm(self._features(first, positions, self.kind.feature_map))
-        v = self.second_norm(self._heads(second))
-        options: dict[str, Any] = dict(segment_ids=segment_ids, return_state=True)
-        options |= dict(backend=self.compute.backend, chunk_size=self.compute.chunk_size)
-        ssm_state = None if state is None else state.state
-
-        if self.kind.query_readout:
-            q = self._features(self._heads(convolve("query", self.query(x))), positions, True)
-            if one_token:
-                o, ssm_state = ops.step(q[:, 0], k[:, 0], v[:, 0], self.basis(), ssm_state, readout=ssm.readout)
-            else:
-                o, ssm_state = ops.interdomain_attention(
-                    q, k, v, self.basis(), initial_state=ssm_state, readout=ssm.readout, **options
-                )
-        else:
-            z = jnp.concatenate([k, v], axis=-1)
-            if one_token:
-                o, ssm_state = ops.linear_step(z[:, 0], self.basis(), self.c_out[...], ssm_state)
-            else:
-                o, ssm_state = ops.linear_readout(z, self.basis(), self.c_out[...], initial_state=ssm_state, **options)
-        o = o.reshape(B, T, -1)
+        tokens, heads = spec("B", "T"), spec("B", "T", "H")
+        states = SSMState(spec("B", "G"), {name: spec("B", None, "G") for name in self.core.conv_names}, spec("B"))
+        in_specs = (param_specs(params), dict.fromkeys(projected, heads))
+        in_specs += (None if segment_ids is None else tokens, None if state is None else states)
+        o, state = on_shards(core, in_specs, (heads, states))(params, projected, segment_ids, state)
         if self.gate is not None:
             o = jax.nn.silu(self.gate(x)) * o
-        return self.output(o), SSMState(ssm_state, tails, end)
+        return self.output(o), state
 
     def init_state(self, batch_size: int, max_tokens: int, dtype: jnp.dtype) -> SSMState:
         """The state before the first token, for `batch_size` rows computed in `dtype`; `max_tokens` does not matter."""
         G, R, M = self.config.num_kv_heads, self.config.head_dim, self.config.ssm.num_modes
-        before = self.config.ssm.conv_width - 1
-        names = [n for n in ("first", "second", "query") if getattr(self, f"{n}_conv", None) is not None]
-        widths = {n: getattr(self, n).weight.shape[1] for n in names}
-        tails = {name: jnp.zeros((batch_size, before, width), dtype) for name, width in widths.items()}
+        before, widths = self.config.ssm.conv_width - 1, self._widths()
+        tails = {name: jnp.zeros((batch_size, before, widths[name]), dtype) for name in self.core.conv_names}
         state = jnp.zeros((batch_size, G, 2, M, 2 * R), jnp.promote_types(dtype, jnp.float32))
         return SSMState(state, tails, jnp.zeros(batch_size, jnp.int32))
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
-
-    def _features(self, x: jax.Array, positions: jax.Array, mapped: bool) -> jax.Array:
-        """Heads with rotary positions and, if `mapped`, the feature map xi, in the configured order."""
-        after = mapped and self.config.ssm.rope_position == "after"
-        if after:
-            x = feature_map(x)
-        if self.kind.rope:
-            x = rotate_positions(x, positions, self.config.rope_base)
-        return feature_map(x) if mapped and not after else x
+    def _widths(self) -> dict[str, int]:
+        """The channels of every projection that the core reads."""
+        names = ("first", "second", "query") if hasattr(self, "query") else ("first", "second")
+        return {name: getattr(self, name).weight.shape[1] for name in names}
 
 
 class InterdomainAttention(SSMMixer):

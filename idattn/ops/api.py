@@ -136,6 +136,40 @@ def linear_readout(
     return (y, state) if return_state else y
 
 
+def transfer(
+    inputs: tuple[jax.Array, ...],
+    basis: Basis,
+    *,
+    chunk_size: int | None = None,
+    segment_ids: SegmentIds | None = None,
+) -> tuple[jax.Array, State]:
+    """How tokens change a state: after them it is decay * state + own, a complex product of planes.
+
+    What a shard of a sequence adds is found without the shards before it; the readout, which is quadratic in the
+    state, is not, and takes the state that arrives as its initial state.
+
+    Args:
+      inputs: arrays (B, T, G, width) whose concatenation the state holds: (k, v), or (z,).
+      basis: parameters of the G states.
+      chunk_size, segment_ids: as in `interdomain_attention`.
+
+    Returns:
+      decay (B, G, 2, M, 1), 0 where a document begins among the tokens, and own (B, G, 2, M, W), both float32 or
+      wider.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    _check_rank(**{f"inputs[{i}]": (x, "B T G W") for i, x in enumerate(inputs)})
+    B, T, G, _ = inputs[0].shape
+    for i, x in enumerate(inputs):
+        _check_shape(f"inputs[{i}]", x, (B, T, G, x.shape[3]), "B T G W, with B, T and G those of the first")
+    _check_basis(basis, G)
+    _check_segments(segment_ids, B, T)
+    basis = _cast(basis, _state_dtype(basis, *inputs))
+    return chunkwise.transfer(inputs, basis, segment_ids, chunk_size=_chunk("chunkwise", chunk_size, T))
+
+
 def step(
     q: jax.Array, k: jax.Array, v: jax.Array, basis: Basis, state: State, *, readout: str = "transpose"
 ) -> tuple[jax.Array, State]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from idattn.ops.chunks import Tables, final_state, lag_tables, pad_to_chunks, zero_state
-from idattn.ops.discretize import Basis, multiply, output_matrices
+from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, power
 from idattn.ops.product import product
 from idattn.ops.segments import PADDING, last_token
 
@@ -191,6 +191,35 @@ def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size, scan=scan
     y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, fold(basis, c_out), masks)
     start = starts[jnp.maximum(last, 0) // chunk_size, jnp.arange(B)]
     return _join(y)[:, :T], final_state((z,), start, tables.lags, tables.rotations, initial_state, run, last)
+
+
+def transfer(inputs, basis, segment_ids, *, chunk_size, group=GROUP):
+    """How tokens change a state, X after them = decay X before + own; see `idattn.ops.transfer`."""
+    B, T, G = inputs[0].shape[:3]
+    tables = Tables(*lag_tables(basis, chunk_size), None, None)
+    last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
+    inputs, run = pad_to_chunks(inputs, segment_ids, chunk_size)
+    (*arrays, runs), count = _groups(inputs, run, tables, group)
+    zero = jnp.zeros((B, G, *tables.rotations.shape[2:], sum(x.shape[3] for x in inputs)), tables.rotations.dtype)
+
+    @jax.checkpoint
+    def body(carry, chunk_group):
+        state, last_start = carry
+        index, *arrays, run = chunk_group
+        masks = _find_masks(run, tables)
+        z = jnp.concatenate([_split(x, tables) for x in arrays], axis=-1)
+        z = z if masks is None else jnp.where(masks.end, z, 0)
+        starts, end = _states(z, tables, state, masks, scan)
+        is_last = _is_last(index, jnp.maximum(last, 0) // chunk_size, starts)
+        return (end, last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)), None
+
+    (_, start), _ = jax.lax.scan(body, (zero, zero), (jnp.arange(count), *arrays, runs))
+    own = final_state(inputs, start, tables.lags, tables.rotations, zero, run, last)
+    decay = power(discretize(basis)[0], last + 1, T)
+    if run is not None:
+        kept = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
+        decay = jnp.where(kept[:, None, None, None], decay, 0)
+    return decay[..., None], own
 
 
 def fold(basis: Basis, c_out: jax.Array) -> jax.Array:

@@ -89,6 +89,16 @@ def powers(lam: jax.Array, count: int) -> jax.Array:
     return table[: count + 1]
 
 
+def power(lam: jax.Array, count: jax.Array, most: int) -> jax.Array:
+    """lambda^count, planes (B, G, 2, M), for counts (B,) from 0 to `most`, by repeated squaring as above."""
+    result = jnp.zeros_like(lam).at[:, 0].set(1)[None]
+    square = lam
+    for bit in range(most.bit_length()):
+        result = jnp.where((count >> bit & 1)[:, None, None, None] == 1, multiply(result, square), result)
+        square = multiply(square, square)
+    return result
+
+
 def output_matrices(basis: Basis, readout: str) -> tuple[jax.Array, jax.Array]:
     """C and C^T f as real (G, 2M, 2M) matrices on flattened planes: u = C y, then w = C^T f(u).
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from grain import checkpoint as grain_checkpoint
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -88,7 +87,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain_checkpoint.CheckpointSave(data_iterator),
+                data=ocp.args.JsonSave(data_iterator.get_state()),  # the same on all processes, for any number of them
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             ),
             metrics={"val_loss": float(val_loss)} if val_loss is not None and math.isfinite(val_loss) else None,
@@ -116,10 +115,15 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract_state),
-                data=grain_checkpoint.CheckpointRestore(data_iterator),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        data_iterator.set_state(restored.data)
         return step, restored.state
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, also one that is still being written; None if there is none."""
+        return self._manager.latest_step()
 
     def best_step(self) -> int | None:
         """The step of the kept checkpoint with the lowest validation loss, or None if none has one."""

@@ -1,8 +1,11 @@
 """The run: data, steps, evaluations, checkpoints, and what is shown at the end."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
@@ -18,6 +22,7 @@ from idattn.data import eval_batches, load_data, train_iterator
 from idattn.evals.ngram import ngram_nats
 from idattn.evals.perplexity import mean_loss
 from idattn.inference import generate
+from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
@@ -41,13 +46,17 @@ def train(
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
         A run that is resumed within the window or after it is not profiled.
 
+    A request to stop (SIGTERM, a preemption notice, Ctrl-C) is granted after the step that is under way: all processes
+    save the same step, and the call returns.
+
     Returns:
-      `step`, `val_loss` (nats per token), `best_val_loss`, `parameters`, and, where the config asks for them,
-      `ngram_losses` by order and `sample`.
+      `step`, `finished` (False after a request to stop), `val_loss` (nats per token), `best_val_loss`, `parameters`,
+      and, where the config asks for them, `ngram_losses` by order and `sample`.
 
     Raises:
       ValueError: the config breaks a rule, does not fit the data, or `workdir` holds another run.
-      FloatingPointError: the loss or gradient of a step was not finite; the state before it is saved in `workdir`.
+      FloatingPointError: the loss or gradient was not finite in more steps than the config skips; the state before the
+        last of them is saved in `workdir`.
     """
     if not isinstance(config, Config):
         config = from_config_dict(config)
@@ -69,28 +78,38 @@ class _Run:
             )
         self.trainer = Trainer(config)
         self.init_from = init_from
-        self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed)
+        self.rows = local_rows(self.trainer.mesh, config.train.batch_size)
+        self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed, self.rows)
         check_same_run(workdir, config)  # last: a start that fails leaves no config behind
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
         self.val_loss = float("nan")
+        self.skipped = 0  # steps that were not finite, as far as they were said
 
     def run(self) -> dict[str, Any]:
-        settings = self.config.train
-        with Checkpoints(self.workdir, settings.keep_latest, settings.keep_best) as checkpoints:
-            restored = checkpoints.restore_latest(self.trainer.abstract_state(), self.data)
+        settings, mesh = self.config.train, self.trainer.mesh
+        with StopRequest() as self.stop, Checkpoints(self.workdir, settings.keep_latest, settings.keep_best) as saved:
+            restored = saved.restore_latest(self.trainer.abstract_state(), self.data)
             start, state = restored or (0, self._initial_state())
-            print(
+            axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+            _say(
                 f"{'+'.join(self.config.model.mixers)}: {self.parameters:,} parameters, {settings.steps:,} steps of "
-                f"{settings.batch_size * self.config.data.seq_len:,} tokens on {jax.local_devices()[0].device_kind}; "
+                f"{settings.batch_size * self.config.data.seq_len:,} tokens on {mesh.size} x "
+                f"{jax.local_devices()[0].device_kind}{f' ({axes})' if axes else ''}; "
                 + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
             )
-            with MetricsWriter(self.workdir, start) as self.writer:
-                history = read_metrics(self.workdir / "metrics.jsonl")
-                self.best = min((row["val_loss"] for row in history if "val_loss" in row), default=self.best)
-                state = self._steps(start, state, checkpoints)
-                if start == settings.steps:
+            with MetricsWriter(self.workdir, start) if _is_first() else nullcontext() as self.writer:
+                if self.writer:
+                    history = read_metrics(self.workdir / "metrics.jsonl")
+                    self.best = min((row["val_loss"] for row in history if "val_loss" in row), default=self.best)
+                done, state = self._steps(start, state, saved)
+                if done == start == settings.steps:
                     self._evaluate(state)
+        if done < settings.steps:
+            _say(
+                f"\nstopped by {self.stop.reason} with step {done} of {settings.steps} saved; the same command goes on."
+            )
+            return self._result(done)
         return self._report(state)
 
     def _initial_state(self) -> State:
@@ -103,21 +122,25 @@ class _Run:
                 f"init_from={self.init_from!r} holds the weights of another model than this config's: {stored.model}, "
                 f"not {self.config.model}. Give this run the same model."
             )
-        print(f"weights from {self.init_from}, step {step}")
-        return state | {"params": params}
+        _say(f"weights from {self.init_from}, step {step}")
+        return state | {
+            "params": jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state["params"])
+        }
 
-    def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> State:
+    def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> tuple[int, State]:
         settings = self.config.train
         pending = None  # metrics of the last step, looked at when the next one is under way
         self._clock = (time.perf_counter(), start)
-        with tqdm(
-            total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=start == settings.steps
-        ) as bar:
-            for step in range(start, settings.steps):
-                done = step + 1
+        mesh, done = self.trainer.mesh, start
+        hidden = start == settings.steps or not _is_first()
+        with tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden) as bar:
+            while done < settings.steps and not self.stop.reached(done):
+                done += 1
                 if done == self.profile[0]:
                     jax.profiler.start_trace(self.workdir / "profile")
-                state, metrics = self.trainer.step(state, next(self.data), step)
+                batch = place(mesh, next(self.data), self.rows, settings.batch_size)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.trainer.step(state, batch)
                 self._look(pending, state, bar)
                 pending = (done, metrics)
                 evaluate = done % settings.eval_every == 0 or done == settings.steps
@@ -130,25 +153,37 @@ class _Run:
                         jax.profiler.stop_trace()
                     val_loss = self._evaluate(state) if evaluate else None
                     if val_loss is not None:
-                        self.writer.write(done, {"val_loss": val_loss})
+                        self._write(done, {"val_loss": val_loss})
                         bar.write(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
                     if save:
                         checkpoints.save(done, state, self.data, self.config, val_loss)
                     self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
                 bar.update()
-        return state
+            if done < settings.steps:
+                self._look(pending, state, bar)
+                if checkpoints.latest_step() != done:
+                    checkpoints.save(done, state, self.data, self.config)
+        return done, state
 
     def _look(self, pending: tuple[int, dict[str, jax.Array]] | None, state: State, bar: tqdm) -> None:
         """Show and log the metrics of a step; stop the run if they are not finite."""
         if pending is None:
             return
         step, metrics = pending[0], {name: value.item() for name, value in jax.device_get(pending[1]).items()}
-        if not metrics.pop("finite"):
+        skipped, allowed = metrics["not_finite"], self.config.train.skip_not_finite
+        if skipped > allowed:
             name = f"not-finite-at-step-{step}"
             save_aside(self.workdir, name, state)
             raise FloatingPointError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The state before it is in "
-                f"{self.workdir / name}. Try a lower learning rate, or look at the batch with this seed and step."
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; {allowed} such steps are "
+                f"skipped (train.skip_not_finite). The state before it is in {self.workdir / name}. Try a lower "
+                "learning rate, or look at the batch with this seed and step."
+            )
+        if skipped > self.skipped:
+            self.skipped = skipped
+            bar.write(
+                f"step {step:>7,}  skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
+                f"({skipped} of {allowed} that may be)"
             )
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             then, earlier = self._clock
@@ -158,26 +193,37 @@ class _Run:
             peak = device_peak_flops(jax.local_devices()[0].device_kind)
             if peak:
                 flops = training_flops_per_token(self.config.model, self.config.data.seq_len)
-                metrics["mfu"] = speed * flops / peak
+                metrics["mfu"] = speed * flops / (peak * self.trainer.mesh.size)
             mfu = f"{metrics['mfu']:.1%}" if peak else "n/a"
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{speed:,.0f}", mfu=mfu, refresh=False)
+            self._write(step, metrics)
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self.writer:
             self.writer.write(step, metrics)
 
     def _evaluate(self, state: State) -> float:
         settings = self.config.train
-        batches = eval_batches(self.val_windows, settings.batch_size, settings.eval_batches)
-        self.val_loss = mean_loss(self.trainer.loss, state["params"], batches)
+        batches = eval_batches(self.val_windows, settings.batch_size, settings.eval_batches, self.rows)
+        placed = (place(self.trainer.mesh, batch, self.rows, settings.batch_size) for batch in batches)
+        self.val_loss = mean_loss(self.trainer.loss, state["params"], placed)
         self.best = min(self.best, self.val_loss)
         return self.val_loss
 
-    def _report(self, state: State) -> dict[str, Any]:
-        settings = self.config.train
-        result: dict[str, Any] = {
-            "step": settings.steps,
+    def _result(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "finished": step == self.config.train.steps,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
             "parameters": self.parameters,
         }
+
+    def _report(self, state: State) -> dict[str, Any]:
+        settings = self.config.train
+        result = self._result(settings.steps)
+        if not _is_first():
+            return result
         rows = {}
         if settings.ngram_orders:
             streams = self.train_windows.stream, self.val_windows.stream
@@ -187,7 +233,9 @@ class _Run:
         print(f"\nvalidation loss on {', '.join(self.config.data.holdout)}, nats per token")
         for name, loss in [*rows.items(), ("this model", self.val_loss)]:
             print(f"  {name:<12}{loss:.3f}")
-        if settings.sample_prompt:
+        if settings.sample_prompt and jax.process_count() > 1:
+            print("\nno sample, since the weights are spread over processes: see launch.generate")
+        elif settings.sample_prompt:
             result["sample"] = self._sample(state)
             print(f"\nsample\n  {settings.sample_prompt}|{result['sample']}")
         print(f"\nloss curves: {plot_losses(self.workdir, rows)}\ncheckpoints: {self.workdir / 'checkpoints'}")
@@ -196,8 +244,50 @@ class _Run:
     def _sample(self, state: State) -> str:
         settings = self.config.train
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(settings.sample_prompt)])
-        model = nnx.merge(self.trainer.graphdef, state["params"])
+        params = jax.device_put(state["params"], jax.local_devices()[0])
+        model = nnx.merge(self.trainer.graphdef, params)
         tokens = generate(
             model, jnp.asarray(prompt, jnp.int32)[None], settings.sample_tokens, seed=self.config.seed, temperature=0.8
         )
         return self.tokenizer.decode(np.asarray(tokens[0]))
+
+
+class StopRequest:
+    """Whether the run was asked to stop; a context manager that catches SIGTERM and the first Ctrl-C.
+
+    A signal that arrives while something is compiled, evaluated or saved is kept until the next step. Of several
+    processes each may get the notice at another time: jax's coordination service, which then catches SIGTERM, names the
+    step that all of them reach.
+    """
+
+    def __init__(self):
+        self.reason = "a preemption notice"
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop before the step after `step`, the same on all processes."""
+        return self._asked or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.reason, self._asked = signal.Signals(number).name, True
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])  # a second Ctrl-C stops at once
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def _say(text: str) -> None:
+    if _is_first():
+        print(text)

@@ -1,36 +1,44 @@
 """The training state and one optimiser step on it, as pure functions of nested dicts of arrays."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idattn.config import Config
 from idattn.evals.perplexity import Batch, batch_loss
-from idattn.nn import LanguageModel
+from idattn.nn import LanguageModel, model_specs
+from idattn.sharding import check_divides, constrain, make_mesh, on_mesh, spec
 from idattn.train.optim import learning_rate, make_optimizer
 
-State = dict[str, Any]  # params, opt_state, finite
+State = dict[str, Any]  # step, params, opt_state, not_finite
 
 
 class Trainer:
     """The compiled functions of a run; the model's structure is taken apart once, here.
 
     Attributes:
-      init: () -> state at step 0: `params`, `opt_state` and `finite`, whether every step so far was.
-      step: (state, batch, step number from 0) -> state, metrics; the old state is given up.
-      loss: (params, batch) -> summed loss in nats, number of targets.
+      mesh: that everything runs on.
+
+    Args:
+      config: of the run.
+      mesh: None for one over all devices, as `config.mesh` says.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or does not divide what it splits.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: Mesh | None = None):
         def make_model():
             return LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed))
 
         abstract = nnx.eval_shape(make_model)
         self.config = config
+        self.mesh = make_mesh(config.mesh) if mesh is None else mesh
+        check_divides(config, self.mesh)
         self.graphdef = nnx.graphdef(abstract)
         self._optimizer = make_optimizer(config.optim, config.train.steps, abstract)
         self._learning_rate = learning_rate(config.optim, config.train.steps)
@@ -39,44 +47,80 @@ class Trainer:
             params = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
             # Weakly typed arrays, as of jnp.full(shape, 0.0), would compile the step a second time.
             params = jax.tree.map(lambda x: x.astype(x.dtype), params)
-            return {"params": params, "opt_state": self._optimizer.init(params), "finite": jnp.array(True)}
+            counts = {"step": jnp.int32(0), "not_finite": jnp.int32(0)}
+            return counts | {"params": params, "opt_state": self._optimizer.init(params)}
 
-        self.init: Callable[[], State] = jax.jit(init)
-        self.step: Callable[[State, Batch, int], tuple[State, dict[str, jax.Array]]] = jax.jit(
-            self._step, donate_argnums=0
-        )
-        self.loss = jax.jit(lambda params, batch: batch_loss(self.graphdef, params, batch, config))
+        self._shapes = jax.eval_shape(init)
+        self._shardings = on_mesh(self.mesh, self._specs(model_specs(abstract)))
+        self._init = jax.jit(init, out_shardings=self._shardings)
+        self._compiled_step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
+        self._loss = jax.jit(lambda params, batch: batch_loss(self.graphdef, params, batch, config))
+
+    def init(self) -> State:
+        """The state before the first step: `step`, `not_finite` (how many steps were not), `params`, `opt_state`."""
+        with jax.set_mesh(self.mesh):
+            return self._init()
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """The state after a step on a batch, and the step's metrics; the state given is given up."""
+        with jax.set_mesh(self.mesh):
+            return self._compiled_step(state, batch)
+
+    def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The summed loss of a batch in nats, and its number of targets."""
+        with jax.set_mesh(self.mesh):
+            return self._loss(params, batch)
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The step for a batch as the config describes it, to be compiled without running anything."""
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
+        sharding = NamedSharding(self.mesh, spec("B", "T"))
+        dtypes = {"inputs": "int32", "targets": "int32", "segment_ids": "int32", "loss_mask": "float32"}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        with jax.set_mesh(self.mesh):
+            return self._compiled_step.lower(self.abstract_state(), batch)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and sharding of the state."""
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(self.init)
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._shapes, self._shardings
         )
 
-    def _step(self, state: State, batch: Batch, step: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def _specs(self, params: Any) -> Any:
+        """The specs of the state: the optimiser keeps what it keeps of a parameter where that is."""
+        whole = PartitionSpec()
+        opt_state = optax.tree.map_params(
+            self._optimizer, lambda _, s: s, self._shapes["opt_state"], params, transform_non_params=lambda _: whole
+        )
+        return {"step": whole, "not_finite": whole, "params": params, "opt_state": opt_state}
+
+    def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         loss, tokens, grads = self._gradients(state["params"], batch)
         updates, opt_state = self._optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         grad_norm = optax.tree.norm(grads)
-        # After a loss or gradient that is not finite the state stays what it was, until the loop looks at it.
-        finite = state["finite"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # A loss or gradient that is not finite leaves the state what it was; after more of them than the run skips it
+        # stays so, until the loop looks at it.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        not_finite = state["not_finite"] + ~finite
+        goes_on = not_finite <= self.config.train.skip_not_finite
+        good = finite & goes_on
         new = {"params": params, "opt_state": opt_state}
         old = {name: state[name] for name in new}
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": self._learning_rate(step),
+            "learning_rate": self._learning_rate(state["step"]),
             "tokens": tokens,
-            "finite": finite,
+            "not_finite": not_finite,
         }
-        return state | {"finite": finite}, metrics
+        return new | {"step": state["step"] + goes_on, "not_finite": not_finite}, metrics
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
         """Mean loss in nats per target, number of targets, and gradients, over the parts of the batch in turn."""
         parts = self.config.train.accumulation
-        batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        batch = jax.tree.map(lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), None, "B", "T"), batch)
         count = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
 
         def part_loss(params, part):

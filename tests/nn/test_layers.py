@@ -53,7 +53,7 @@ def test_rotation_is_that_of_complex_numbers(rng):
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_short_convolution_stops_at_borders(rng, width):
     B, T, C = 2, 11, 3
-    conv = ShortConv(C, width, rngs=nnx.Rngs(0))
+    conv = ShortConv(C, width, "G", rngs=nnx.Rngs(0))
     conv.bias[...] = jnp.arange(3.0)
     x = rng.normal(size=(B, T, C)).astype(np.float32)
     tail = rng.normal(size=(B, width - 1, C)).astype(np.float32)
@@ -78,7 +78,7 @@ def test_short_convolution_stops_at_borders(rng, width):
 
 
 def test_short_convolution_carries_its_tail(rng):
-    conv = ShortConv(3, 4, rngs=nnx.Rngs(0))
+    conv = ShortConv(3, 4, "G", rngs=nnx.Rngs(0))
     x = jnp.asarray(rng.normal(size=(2, 9, 3)), jnp.float32)
     whole, tail = conv(x, None, None)
     parts, carried = [], None
@@ -117,7 +117,7 @@ def test_basis_can_start_as_a_multiple_of_the_identity(c):
 def test_short_conv_is_one_pass_over_memory(segments):
     """Compiled for a TPU, in bfloat16: x is read once and y written once, with nothing of their size between."""
     B, T, C = 2, 2048, 512
-    graph, params = nnx.split(ShortConv(C, 4, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(ShortConv(C, 4, "G", rngs=nnx.Rngs(0)))
     x, ids = jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
     pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
     load_compiler(dump=False)

@@ -24,7 +24,7 @@ def make_mixer(name, **ssm):
     if kind.softmax:
         return SoftmaxAttention(config, residual_std=0.5, rngs=nnx.Rngs(1))
     mixer = SSMMixer(config, kind, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
-    for value in (mixer.first_norm, mixer.second_norm):
+    for value in (mixer.core.first_norm, mixer.core.second_norm):
         value.bias[...] = jax.random.normal(jax.random.key(3), value.bias.shape)
     return mixer
 
@@ -56,6 +56,7 @@ def test_ssm_mixers_equal_their_definition(name, gate):
     """The whole mixer in numpy, around the oracle's recurrence."""
     mixer, x, kind = make_mixer(name, output_gate=gate), inputs(), MIXERS[name]
     state = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
+    state |= state.pop("core")
     z = np.asarray(x, np.float64)
     positions = np.arange(T)[:, None, None]
 
@@ -219,5 +220,5 @@ def test_bad_sizes_of_the_layer():
 def test_parameters_of_the_layer_are_marked_for_their_group():
     layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), num_modes=5)
     marked = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, SSMParam))}
-    norms = {f"{n}_norm.{p}" for n in ("first", "second") for p in ("scale", "bias")}
-    assert marked == norms | {f"basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}
+    norms = {f"core.{n}_norm.{p}" for n in ("first", "second") for p in ("scale", "bias")}
+    assert marked == norms | {f"core.basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}

@@ -243,7 +243,7 @@ def test_damaged_loss_of_an_older_checkpoint(run):
 def test_all_damaged_is_an_error_that_moves_nothing(run):
     workdir, _ = run
     for step in ("10", "20"):
-        (workdir / "checkpoints" / step / "data" / "process_0-of-1.json").unlink()
+        (workdir / "checkpoints" / step / "data" / "metadata").unlink()
     for _ in range(2):  # a scheduler that restarts the job must not get further
         with pytest.raises(RuntimeError, match=r"No checkpoint in .* is valid: .*20.*missing; .*10.*missing"):
             resume(workdir)

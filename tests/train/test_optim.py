@@ -58,20 +58,21 @@ BACKBONE_MATRICES = {"embedding", "head.weight"}
 BLOCK_MATRICES = {"mlp.gate.weight", "mlp.up.weight", "mlp.down.weight", "mixer.output.weight"}
 BLOCK_PLAIN = {"mixer_norm.scale", "mlp_norm.scale"}
 SSM = {
-    "mixer.basis.log_delta", "mixer.basis.a_log", "mixer.basis.a_imag", "mixer.basis.c",
-    "mixer.first_norm.scale", "mixer.first_norm.bias", "mixer.second_norm.scale", "mixer.second_norm.bias",
+    "mixer.core.basis.log_delta", "mixer.core.basis.a_log", "mixer.core.basis.a_imag", "mixer.core.basis.c",
+    "mixer.core.first_norm.scale", "mixer.core.first_norm.bias",
+    "mixer.core.second_norm.scale", "mixer.core.second_norm.bias",
 }  # fmt: skip
 
 
 def convolution(name):
-    return {f"mixer.{name}_conv.taps", f"mixer.{name}_conv.bias"}
+    return {f"mixer.core.{name}_conv.taps", f"mixer.core.{name}_conv.bias"}
 
 
 def matrices(*names):
     return {f"mixer.{name}.weight" for name in names}
 
 
-C_OUT = {"mixer.c_out"}
+C_OUT = {"mixer.core.c_out"}
 QUERY_SSM = matrices("first", "second", "query"), convolution("first") | convolution("query")
 # mixer: the mixer's matrices, what is neither a matrix nor of the SSM group, the SSM group
 GROUPS = {

@@ -17,12 +17,14 @@ from idattn.train.step import Trainer
 B, T, V = 4, 12, 37
 
 
-def make_config(*mixers, accumulation=1, remat="none", peak_lr=1e-2, eps=1e-8, backend="auto", **model):
+def make_config(
+    *mixers, accumulation=1, remat="none", peak_lr=1e-2, eps=1e-8, backend="auto", skip_not_finite=0, **model
+):
     return Config(
         model=ModelConfig.tiny(*mixers, **model),
         data=DataConfig(seq_len=T),
         optim=OptimConfig(peak_lr=peak_lr, warmup_steps=2, eps=eps),
-        train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation),
+        train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation, skip_not_finite=skip_not_finite),
         compute=ComputeConfig(dtype="float32", chunk_size=4, loss_chunk=16, remat=remat, backend=backend),
     )
 
@@ -68,18 +70,18 @@ def test_metrics_and_state():
     config, batch, state = trainer.config, make_batch(), trainer.init()
     params = copy(state["params"])
     loss, grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(trainer, params, batch)))(params)
-    state, metrics = trainer.step(state, batch, 7)
-    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "tokens", "finite"}
+    state, metrics = trainer.step(state | {"step": jnp.int32(7)}, batch)
+    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "tokens", "not_finite"}
     assert_close(metrics["loss"], loss, "float32", reduction=T, name="loss")
     assert abs(metrics["loss"] - np.log(V)) < 0.1
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
     assert_close(metrics["grad_norm"], norm, "float32", reduction=B * T, gradient=True, name="grad_norm")
     assert float(metrics["tokens"]) == 12 + 1 + 5 + 9
-    assert bool(metrics["finite"])
-    # The schedule is that of the step number given; the update's own comes from the optimiser's count, here 0.
+    assert int(metrics["not_finite"]) == 0
+    # The schedule is that of the state's step; the update's own comes from the optimiser's count, here 0.
     assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(config.optim, 50)(7)))
-    assert set(state) == {"params", "opt_state", "finite"}
-    assert bool(state["finite"])
+    assert set(state) == {"params", "opt_state", "step", "not_finite"}
+    assert (int(state["step"]), int(state["not_finite"])) == (8, 0)
     # Adam's first step moves by the rate along the sign, where the gradient is not tiny: 5e-3 for the norm's scale.
     moved = np.asarray(state["params"]["final_norm"]["scale"]) - params["final_norm"]["scale"]
     np.testing.assert_allclose(moved, -5e-3 * np.sign(grads["final_norm"]["scale"]), rtol=1e-3)
@@ -90,11 +92,11 @@ def test_compiles_once_and_loss_is_the_steps(trainer):
     state, batch = trainer.init(), make_batch(1)
     total, count = trainer.loss(state["params"], batch)
     assert float(count) == 27
-    first = trainer.step(state, batch, 0)
+    first = trainer.step(state, batch)
     assert_close(first[1]["loss"], total / count, "float32", reduction=B * T)
-    second = trainer.step(first[0], batch, 1)
+    second = trainer.step(first[0], batch)
     assert float(second[1]["loss"]) < float(first[1]["loss"])
-    assert trainer.step._cache_size() == 1
+    assert trainer._compiled_step._cache_size() == 1
 
 
 def test_abstract_state_is_that_of_init(trainer):
@@ -116,10 +118,8 @@ def test_accumulation_does_not_change_the_step():
     batch, results, sizes = make_batch(), {}, {}
     for parts in (1, 2, 4):
         trainer = Trainer(make_config("softmax", accumulation=parts, eps=1e-2))  # smooth, unlike a sign
-        results[parts] = trainer.step(trainer.init(), batch, 0)
-        sizes[parts] = str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch, 0)).count(
-            f"i32[{B // parts},"
-        )
+        results[parts] = trainer.step(trainer.init(), batch)
+        sizes[parts] = str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch)).count(f"i32[{B // parts},")
         start = trainer.init()["params"]
     assert sizes[1] > 0 and sizes[2] > 0 and sizes[4] > 0
     state, metrics = results[1]
@@ -127,7 +127,7 @@ def test_accumulation_does_not_change_the_step():
         other, other_metrics = results[parts]
         for name in ("loss", "grad_norm", "tokens", "learning_rate"):
             assert_close(other_metrics[name], metrics[name], "float32", reduction=B * T, gradient=True, name=name)
-        assert bool(other_metrics["finite"]) and bool(other["finite"])
+        assert int(other_metrics["not_finite"]) == int(other["not_finite"]) == 0
         pairs = zip(jax.tree.leaves_with_path(other["opt_state"]), jax.tree.leaves(state["opt_state"]), strict=True)
         for (path, ours), theirs in pairs:
             assert_close(ours, theirs, "float32", reduction=B * T, gradient=True, name=jax.tree_util.keystr(path))
@@ -144,45 +144,59 @@ def test_accumulation_does_not_change_the_step():
 
 def test_masked_batch_changes_nothing_but_counts_zero(trainer):
     batch = make_batch() | {"loss_mask": np.zeros((B, T), np.float32)}
-    _, metrics = trainer.step(trainer.init(), batch, 0)
+    _, metrics = trainer.step(trainer.init(), batch)
     assert float(metrics["loss"]) == 0
     assert float(metrics["grad_norm"]) == 0
-    assert bool(metrics["finite"])
+    assert int(metrics["not_finite"]) == 0
+
+
+def poisoned(state, batch, kind):
+    """The batch and the state with a NaN or infinity in one of them."""
+    if kind == "batch":
+        mask = np.where(np.arange(T) == 3, np.nan, batch["loss_mask"]).astype(np.float32)
+        return state, batch | {"loss_mask": mask}
+    value = np.nan if kind == "parameter" else np.inf
+    scale = state["params"]["final_norm"]["scale"].at[2].set(value)
+    return state | {"params": state["params"] | {"final_norm": {"scale": scale}}}, batch
 
 
 @pytest.mark.parametrize("poison", ["batch", "parameter", "infinite parameter"])
 def test_not_finite_leaves_the_state_for_good(trainer, poison):
-    batch, state = make_batch(), trainer.init()
-    state, _ = trainer.step(state, batch, 0)
-    bad = batch
-    if poison == "batch":
-        bad = batch | {"loss_mask": np.where(np.arange(T) == 3, np.nan, batch["loss_mask"]).astype(np.float32)}
-    else:
-        value = np.nan if poison == "parameter" else np.inf
-        state["params"]["final_norm"]["scale"] = state["params"]["final_norm"]["scale"].at[2].set(value)
+    batch, (state, _) = make_batch(), trainer.step(trainer.init(), make_batch())
+    state, bad = poisoned(state, batch, poison)
     before = copy(state)
-    state, metrics = trainer.step(state, bad, 1)
-    assert not bool(metrics["finite"])
+    state, metrics = trainer.step(state, bad)
     assert not np.isfinite(float(metrics["loss"]))
-    assert not bool(state["finite"])
+    assert (int(metrics["not_finite"]), int(state["not_finite"]), int(state["step"])) == (1, 1, 1)
     for name in ("params", "opt_state"):
         assert_bitwise(state[name], before[name])
 
     if poison != "batch":  # cured, it must still not go on
         state["params"]["final_norm"]["scale"] = jnp.ones_like(state["params"]["final_norm"]["scale"])
         before = copy(state)
-    state, metrics = trainer.step(state, batch, 2)
+    state, metrics = trainer.step(state, batch)
     assert np.isfinite(float(metrics["loss"]))
     assert np.isfinite(float(metrics["grad_norm"]))
-    assert not bool(metrics["finite"])
-    assert not bool(state["finite"])
+    assert (int(metrics["not_finite"]), int(state["not_finite"]), int(state["step"])) == (1, 1, 1)
     for name in ("params", "opt_state"):
         assert_bitwise(state[name], before[name])
 
-    # Negative control: with the flag set the same step does move the state.
-    state, metrics = trainer.step(state | {"finite": jnp.array(True)}, batch, 2)
-    assert bool(metrics["finite"])
+    # Negative control: with the count at zero the same step does move the state.
+    state, metrics = trainer.step(state | {"not_finite": jnp.int32(0)}, batch)
+    assert int(metrics["not_finite"]) == 0
     assert not np.array_equal(state["params"]["embedding"], before["params"]["embedding"])
+
+
+def test_skips_as_many_not_finite_steps_as_it_may():
+    trainer = Trainer(make_config("softmax", skip_not_finite=2))
+    batch, state = make_batch(), trainer.init()
+    moved = []
+    for good in (True, False, True, False, True, False, True):
+        before = copy(state["params"]["embedding"])
+        state, metrics = trainer.step(state, batch if good else poisoned(state, batch, "batch")[1])
+        moved.append(not np.array_equal(state["params"]["embedding"], before))
+    assert moved == [True, False, True, False, True, False, False]
+    assert (int(metrics["not_finite"]), int(state["step"])) == (3, 5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -191,20 +205,22 @@ def test_overfits_one_batch(mixer, trainer):
     batch = make_batch()
     if mixer != "interdomain":
         trainer = Trainer(make_config(mixer, peak_lr=3e-2, backend="recurrent"))
-    state, losses = trainer.init(), []
-    for step in range(40):
-        state, metrics = trainer.step(state, batch, step)
+    state, losses, programs = trainer.init(), [], set()
+    for _ in range(40):
+        state, metrics = trainer.step(state, batch)
         losses.append(float(metrics["loss"]))
-    assert bool(metrics["finite"])
+        programs.add(trainer._compiled_step._cache_size())
+    assert int(metrics["not_finite"]) == 0
     assert abs(losses[0] - np.log(V)) < 0.1
     assert losses[-1] < 1.0
-    assert trainer.step._cache_size() == 1
+    assert len(programs) == 1
 
 
-def test_remat_same_numbers():
+@pytest.mark.parametrize("remat", ["mixer", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "block"))])
+def test_remat_same_numbers(remat):
     batch = make_batch()
-    trainers = [Trainer(make_config("interdomain", remat=remat, eps=1e-2)) for remat in ("none", "block")]
-    (state, metrics), (again, again_metrics) = (trainer.step(trainer.init(), batch, 0) for trainer in trainers)
+    trainers = [Trainer(make_config("interdomain", remat=name, eps=1e-2)) for name in ("none", remat)]
+    (state, metrics), (again, again_metrics) = (trainer.step(trainer.init(), batch) for trainer in trainers)
     for name, value in metrics.items():
         assert_close(again_metrics[name], value, "float32", reduction=B * T, gradient=True, name=name)
     pairs = zip(jax.tree.leaves_with_path(again), jax.tree.leaves(state), strict=True)
@@ -213,9 +229,7 @@ def test_remat_same_numbers():
     # The loss recomputes its logits in either program; the blocks only in the second.
     counts = [
         len(
-            re.findall(
-                r"\b(remat2?|checkpoint)\[", str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch, 0))
-            )
+            re.findall(r"\b(remat2?|checkpoint)\[", str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch)))
         )
         for trainer in trainers
     ]
@@ -225,12 +239,15 @@ def test_remat_same_numbers():
 def test_remat_saves_memory(optimised):
     """Six softmax layers of 128 tokens: the attention weights of one layer at a time rather than of all."""
     sizes = {}
-    for remat in ("none", "block"):
+    for remat in ("none", "dots", "mixer", "block"):
         config = make_config("softmax", remat=remat, num_layers=6)
         trainer = Trainer(config)
         batch = {name: jax.ShapeDtypeStruct((B, 128), x.dtype) for name, x in make_batch().items()}
-        compiled = trainer.step.lower(trainer.abstract_state(), batch, 0).compile()
+        compiled = trainer._compiled_step.lower(trainer.abstract_state(), batch).compile()
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     weights = 4 * B * 2 * 128 * 128  # of one layer, float32
     assert sizes["none"] > 6 * weights
-    assert sizes["none"] - sizes["block"] > 4 * weights
+    assert sizes["none"] - sizes["dots"] > 4 * weights
+    outputs = 4 * B * 128 * 12 * 5  # of the mixers but one
+    assert sizes["mixer"] >= sizes["block"] + outputs
+    assert sizes["dots"] >= sizes["mixer"] + 4 * outputs  # of the products before and behind them

@@ -149,8 +149,8 @@ def test_files_and_metrics(finished):
 
 def test_returned_values(finished):
     config, workdir, result = finished
-    assert set(result) == {"step", "val_loss", "best_val_loss", "parameters", "ngram_losses", "sample"}
-    assert result["step"] == STEPS
+    assert set(result) == {"step", "finished", "val_loss", "best_val_loss", "parameters", "ngram_losses", "sample"}
+    assert (result["step"], result["finished"]) == (STEPS, True)
     validation = rows_of(workdir, "val_loss")
     assert [step for step, _ in validation] == [6, 12]
     assert result["val_loss"] == validation[-1][1]
@@ -296,7 +296,7 @@ def test_init_from_starts_at_step_0_with_the_weights(finished, corpus, tmp_path,
     expected = Trainer(config).init()
     assert_same_arrays(fresh[1], expected)
     assert some_differ(fresh[1]["params"], latest[1]["params"])
-    for name in ("opt_state", "finite"):  # moments and counts start anew
+    for name in ("opt_state", "step", "not_finite"):  # moments and counts start anew
         assert_same_arrays(latest[1][name], expected[name])
     output = capsys.readouterr().out
     assert f"weights from {reference}, step {STEPS}\n" in output
@@ -331,9 +331,8 @@ def test_not_finite_stops_with_the_state_before(corpus, tmp_path):
         aside = checkpointer.restore(workdir / "not-finite-at-step-2", trainer.abstract_state())
     _, windows, _ = load_data(config.data)
     batch = next(train_iterator(windows, config.train.batch_size, config.seed))
-    after_one, metrics = trainer.step(trainer.init(), batch, 0)
-    assert bool(metrics["finite"]) and bool(after_one["finite"])
-    assert not bool(aside["finite"])
+    after_one, metrics = trainer.step(trainer.init(), batch)
+    assert (int(metrics["not_finite"]), int(aside["not_finite"]), int(aside["step"])) == (0, 2, 1)  # seen a step late
     for name in ("params", "opt_state"):
         assert_same_arrays(aside[name], after_one[name])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(aside["params"]))
@@ -361,8 +360,8 @@ def test_profile_window_and_config_dict(corpus, tmp_path):
     config = make_config(corpus, mixer="softmax", steps=3, eval_every=3, checkpoint_every=3)
     workdir = tmp_path / "run"
     result = train(dataclasses.asdict(config), workdir, profile=(2, 2))
-    assert set(result) == {"step", "val_loss", "best_val_loss", "parameters"}
-    assert result["step"] == 3
+    assert set(result) == {"step", "finished", "val_loss", "best_val_loss", "parameters"}
+    assert (result["step"], result["finished"]) == (3, True)
     traces = list((workdir / "profile").rglob("*.xplane.pb"))
     assert [path.stat().st_size > 1000 for path in traces] == [True]
     assert train(json.loads((workdir / "config.json").read_text()), workdir, profile=(2, 3)) == result

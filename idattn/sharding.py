@@ -1,0 +1,143 @@
+"""One mesh for every kind of parallelism, and the table that says which of its axes split which dimension.
+
+    data      rows of the batch; parameters are copies
+    fsdp      rows of the batch; parameters, gradients and optimiser state are split and gathered layer by layer
+    sequence  tokens; what crosses is the state of fixed size (softmax: all keys and values)
+    tensor    heads, channels of the MLP, vocabulary
+
+Parameters name their dimensions where they are made (`dims`), activations where they are constrained. The mesh is
+the one of `jax.set_mesh`; without one, or with one device, everything here changes nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from idattn.config import Config, MeshConfig
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+# Dimensions as in `idattn.shapes`; "D" is that of parameters, activations keep theirs whole. Others are not split.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "T": ("sequence",),
+    "D": ("fsdp",),
+    "H": ("tensor",),
+    "G": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over all devices, or those given; axes that talk most have the nearest neighbours.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if math.prod(sizes) != len(devices):
+        shape = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        raise ValueError(f"the mesh {shape} must multiply to the {len(devices)} devices (-1: what remains).")
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_divides(config: Config, mesh: Mesh) -> None:
+    """Refuse a mesh that does not divide what it splits.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    model, part = config.model, config.train.batch_size // config.train.accumulation
+    for name, size, dim in (
+        ("train.batch_size / accumulation", part, "B"),
+        ("data.seq_len", config.data.seq_len, "T"),
+        ("model.model_dim", model.model_dim, "D"),
+        ("model.num_heads", model.num_heads, "H"),
+        ("the number of states, model.num_heads / ssm.heads_per_kv,", model.num_kv_heads, "G"),
+        ("model.mlp_dim", model.mlp_dim, "F"),
+        ("model.vocab_size", model.vocab_size, "V"),
+    ):
+        ways = math.prod(mesh.shape[axis] for axis in RULES[dim])
+        if size % ways:
+            product = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES[dim])
+            raise ValueError(f"{product} must divide {name}={size}.")
+    tokens, before = config.data.seq_len // mesh.shape["sequence"], model.ssm.conv_width - 1
+    if tokens < before:
+        raise ValueError(
+            f"mesh.sequence={mesh.shape['sequence']} leaves {tokens} of data.seq_len={config.data.seq_len} tokens to a "
+            f"device; the convolution looks back {before}."
+        )
+
+
+def spec(*dims: str | None) -> PartitionSpec:
+    """How an array with these dimensions is split; None and names without a rule are whole."""
+    return PartitionSpec(*(RULES.get(dim or "") or None for dim in dims))
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """x, split as these dimensions are."""
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, spec(*dims))
+
+
+def current_mesh() -> Any:
+    """The mesh that is compiled for, or None where there is nothing to split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(AXES) <= set(mesh.axis_names) and mesh.size > 1 else None
+
+
+def is_split(dim: str) -> bool:
+    """Whether the current mesh splits a dimension."""
+    mesh = current_mesh()
+    return mesh is not None and math.prod(mesh.shape[axis] for axis in RULES[dim]) > 1
+
+
+def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` run by every device on its shards of the arguments, or itself where there is one device."""
+    if current_mesh() is None:
+        return function
+    # The check wants every zero that a loop starts from marked as varying, which would be all over the ops.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def param_specs(variables: nnx.State, *, stacked: bool = False) -> Any:
+    """The specs of a module's variables, in their structure; `stacked` ones have a leading axis of layers."""
+    lead = ("L",) if stacked else ()
+    return jax.tree.map(
+        lambda v: spec(*lead, *v.get_metadata("dims")), variables, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """The rows of a batch of `rows` that devices of this process hold."""
+    slices = NamedSharding(mesh, spec("B")).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in slices for row in range(rows)[part]})
+
+
+def place(mesh: Mesh, batch: dict[str, np.ndarray], rows: list[int], count: int) -> dict[str, jax.Array]:
+    """A batch of `count` rows on the mesh, from those `rows` of it (ascending) that this process has."""
+    sharding = NamedSharding(mesh, spec("B", "T"))
+
+    def array(x):
+        def part(index):
+            wanted = range(count)[index[0]]
+            return x[rows.index(wanted[0]) : rows.index(wanted[-1]) + 1, index[1]]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+    return {name: array(x) for name, x in batch.items()}
+
+
+def on_mesh(mesh: Mesh, specs: Any) -> Any:
+    """The shardings of specs on a mesh."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

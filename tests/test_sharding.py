@@ -1,0 +1,290 @@
+"""Every kind of parallelism on eight simulated devices: the numbers of one device, arrays split as they should be."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_close
+from jax.sharding import NamedSharding, PartitionSpec
+
+from idattn.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    SSMConfig,
+    TrainConfig,
+    from_config_dict,
+)
+from idattn.nn import InterdomainAttention, LanguageModel
+from idattn.sharding import check_divides, local_rows, make_mesh, on_shards, place, spec
+from idattn.train.step import Trainer
+
+pytestmark = pytest.mark.usefixtures("eight_devices")
+B, T, V = 8, 16, 64
+MIXED = ("interdomain", "softmax", "s4d")  # a hybrid compiles once what three models would
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(fsdp=8),
+    "sequence": MeshConfig(data=1, sequence=8),  # two tokens a device: less than a chunk, and than the convolution
+    "tensor": MeshConfig(data=2, tensor=4),
+    "all": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+}
+
+
+def make_config(mixers, mesh, *, accumulation=1, seq_len=T, **ssm):
+    return Config(
+        model=ModelConfig(
+            vocab_size=V,
+            model_dim=16,
+            num_layers=max(2, len(mixers)),
+            num_heads=4,
+            mlp_dim=24,
+            mixers=mixers,
+            ssm=SSMConfig(num_modes=5, **({"conv_width": 3} | ssm)),
+        ),
+        data=DataConfig(seq_len=seq_len),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=2, eps=1e-2),  # eps: smooth, unlike a sign
+        train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation),
+        compute=ComputeConfig(dtype="float32", chunk_size=4, loss_chunk=16),
+        mesh=mesh,
+    )
+
+
+def segment_ids():
+    """One document; borders at and off the shards' borders; ids that come back; padding within, to the end, and all."""
+    rows = [
+        [0] * 16,
+        [0] * 3 + [1] * 4 + [2] * 5 + [-1] * 4,
+        [0] * 8 + [-1] * 8,
+        [0] * 2 + [-1] * 14,
+        [0] * 4 + [1] * 9 + [0] * 3,
+        [0] * 7 + [-1] * 2 + [0] * 7,
+        [-1] * 5 + [4] * 11,
+        [-1] * 16,
+    ]
+    return np.array(rows, np.int32)
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    ids = segment_ids()
+    tokens = {name: rng.integers(0, V, (B, T)).astype(np.int32) for name in ("inputs", "targets")}
+    return tokens | {"segment_ids": ids, "loss_mask": (ids >= 0).astype(np.float32)}
+
+
+def run_step(config, devices=None):
+    """The trainer, its state before and after a step, and the metrics."""
+    trainer = Trainer(config, make_mesh(config.mesh, devices))
+    start = trainer.init()
+    before = jax.tree.map(np.asarray, start)
+    batch = place(trainer.mesh, make_batch(), local_rows(trainer.mesh, B), B)
+    return trainer, before, *trainer.step(start, batch)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Results of one device by arguments of `make_config`."""
+    results = {}
+
+    def get(mixers, **options):
+        key = (mixers, *options.items())
+        if key not in results:
+            results[key] = run_step(make_config(mixers, MeshConfig(data=1), **options), jax.devices()[:1])
+        return results[key]
+
+    return get
+
+
+def assert_same_step(results, expected):
+    _, before, state, metrics = results
+    _, before_1, state_1, metrics_1 = expected
+    jax.tree.map(np.testing.assert_array_equal, before["params"], before_1["params"])
+    for name in metrics_1:
+        assert_close(metrics[name], metrics_1[name], "float32", reduction=B * T, gradient=True, name=name)
+    # The first moments are a tenth of the clipped gradients; parameters moved by a step.
+    assert jax.tree.structure(state) == jax.tree.structure(state_1)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(state_1), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert_close(ours, np.asarray(theirs), "float32", reduction=B * T, gradient=True, name=name)
+    assert np.abs(np.asarray(state["params"]["embedding"]) - before["params"]["embedding"]).max() > 1e-4
+
+
+SLOW = ("data", "tensor", "fsdp")  # what "all" and "sequence" hold too, alone
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES])
+def test_a_step_is_that_of_one_device(one_device, mesh):
+    results = run_step(make_config(MIXED, MESHES[mesh]))
+    assert_same_step(results, one_device(MIXED))
+    trainer, _, state, _ = results
+    for (path, x), wanted in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(trainer.abstract_state()), strict=True
+    ):
+        assert x.sharding == wanted.sharding, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["single_query", "dual_linear"])
+def test_the_other_mixers_too(one_device, mixer):
+    assert_same_step(run_step(make_config((mixer,), MESHES["all"])), one_device((mixer,)))
+
+
+@pytest.mark.slow
+def test_accumulation_and_shared_states_on_a_mesh(one_device):
+    options = dict(accumulation=2, heads_per_kv=2)
+    config = make_config(("interdomain",), MESHES["all"], **options)
+    assert_same_step(run_step(config), one_device(("interdomain",), **options))
+
+
+def test_where_parameters_lie():
+    trainer = Trainer(make_config(MIXED, MESHES["all"]))
+    state = trainer.abstract_state()
+    params, moments = state["params"], state["opt_state"][1].mu
+    interdomain, softmax = (params["groups"][f"block_{i}"]["mixer"] for i in (0, 1))
+    expected = {
+        "embedding": (params["embedding"], ("tensor", "fsdp")),
+        "its moment": (moments["embedding"], ("tensor", "fsdp")),
+        "head": (params["head"]["weight"], ("fsdp", "tensor")),
+        "key": (interdomain["first"]["weight"], (None, "fsdp", "tensor")),
+        "output": (interdomain["output"]["weight"], (None, "tensor", "fsdp")),
+        "taps": (interdomain["core"]["first_conv"]["taps"], (None, None, "tensor")),
+        "c": (interdomain["core"]["basis"]["c"], (None, None, "tensor", None, None)),
+        "log_delta": (interdomain["core"]["basis"]["log_delta"], (None, "tensor")),
+        "softmax": (softmax["value"]["weight"], (None, "fsdp", "tensor")),
+        "norm": (params["final_norm"]["scale"], (None,)),
+        "step": (state["step"], ()),
+    }
+    for name, (x, axes) in expected.items():
+        wanted = NamedSharding(trainer.mesh, PartitionSpec(*axes))
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), name
+    # Of the matrices a device holds a quarter, of the whole state little more.
+    total, own = (sum(np.prod(shape(x)) for x in jax.tree.leaves(state)) for shape in (np.shape, shard_shape))
+    assert own < 0.45 * total
+
+
+def shard_shape(x):
+    return x.sharding.shard_shape(x.shape)
+
+
+def make_layer(T, sequence, dtype="float32"):
+    """The layer on a mesh over the sequence: its compiled call, and arguments as shapes."""
+    layer = nnx.eval_shape(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5))
+    graphdef, params = nnx.split(layer)
+    mesh = make_mesh(MeshConfig(data=1, sequence=sequence), jax.devices()[:sequence])
+    tokens = NamedSharding(mesh, spec("B", "T"))
+    x = jax.ShapeDtypeStruct((2, T, 16), dtype, sharding=tokens)
+    ids = jax.ShapeDtypeStruct((2, T), jnp.int32, sharding=tokens)
+    call = jax.jit(lambda params, x, ids: nnx.merge(graphdef, params)(x, segment_ids=ids)[0])
+    with jax.set_mesh(mesh):
+        return call.lower(params, x, ids).compile()
+
+
+def collective_bytes(text):
+    """Bytes of the results of all collectives in HLO text."""
+    sizes = {"f32": 4, "s32": 4, "pred": 1, "bf16": 2}
+    total = 0
+    for shapes in re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", text):
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            total += sizes[kind] * int(np.prod([int(d) for d in dims.split(",") if d]))
+    return total
+
+
+def test_what_crosses_does_not_depend_on_the_length():
+    short, long = (make_layer(length, 4) for length in (64, 512))
+    assert collective_bytes(short.as_text()) == collective_bytes(long.as_text()) > 0
+    assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
+
+
+def test_a_state_goes_on_through_shards(optimised):
+    """Two calls with the state between them are one call, though each is split over four devices."""
+    layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, c_init_scale=4.0)
+    graphdef, params = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(0), (B, 2 * T, 16))
+    ids = jnp.concatenate([segment_ids(), segment_ids()[::-1]], axis=1)
+
+    @jax.jit
+    def call(params, x, ids, state=None):
+        return nnx.merge(graphdef, params)(x, segment_ids=ids, state=state)
+
+    expected = [(x1 := call(params, x[:, :T], ids[:, :T])), call(params, x[:, T:], ids[:, T:], x1[1])]
+    mesh = make_mesh(MeshConfig(data=1, sequence=4, tensor=2))
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, spec("B", "T"))
+        x, ids = jax.device_put(x, split), jax.device_put(ids, split)
+        first = call(params, x[:, :T], ids[:, :T])
+        actual = [first, call(params, x[:, T:], ids[:, T:], first[1])]
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(ours, np.asarray(theirs), "float32", reduction=2 * T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"fsdp": 3}}, r"data=-1, fsdp=3, sequence=1, tensor=1 must multiply to the 8 devices"),
+        ({"mesh": {"data": 2}}, r"data=2, fsdp=1, sequence=1, tensor=1 must multiply to the 8 devices"),
+        ({"mesh": {"tensor": 8}}, r"mesh\.tensor=8 must divide model\.num_heads=4"),
+        ({"mesh": {"data": 1, "sequence": 8}, "data": {"seq_len": 20}}, r"mesh\.sequence=8 must divide .*seq_len=20"),
+        (
+            {"mesh": {"data": 2, "fsdp": 4}, "train": {"batch_size": 12}},
+            r"data=2 x mesh\.fsdp=4 must divide .*=12",
+        ),
+        ({"mesh": {"data": 4, "fsdp": 2}, "train": {"accumulation": 2}}, r"must divide train.batch_size / .*=4"),
+        (
+            {"mesh": {"fsdp": 8}, "model": {"model_dim": 20, "num_heads": 2}},
+            r"mesh\.fsdp=8 must divide model.model_dim=20",
+        ),
+        ({"mesh": {"tensor": 4}, "model": {"vocab_size": 257}}, r"mesh\.tensor=4 must divide model\.vocab_size=257"),
+        ({"mesh": {"tensor": 4}, "model": {"mlp_dim": 22}}, r"mesh\.tensor=4 must divide model\.mlp_dim=22"),
+        ({"mesh": {"tensor": 4}, "model": {"ssm": {"heads_per_kv": 2}}}, r"heads_per_kv,=2"),
+        ({"mesh": {"data": 1, "sequence": 8}, "model": {"ssm": {"conv_width": 4}}}, r"leaves 2 .* looks back 3"),
+    ],
+)
+def test_what_does_not_divide_is_refused(changes, message):
+    values = dataclasses.asdict(make_config(("interdomain",), MeshConfig()))
+
+    def change(values, changes):
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                change(values[name], value)
+            else:
+                values[name] = value
+
+    change(values, changes)
+    config = from_config_dict(values)
+    with pytest.raises(ValueError, match=message):
+        check_divides(config, make_mesh(config.mesh))
+
+
+def test_a_cache_of_keys_is_not_split_over_tokens():
+    config = make_config(("softmax",), MeshConfig())
+    model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0))
+    state = model.init_state(B, T)
+    mesh = make_mesh(MeshConfig(data=1, sequence=8))
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match=r"mesh\.sequence=1"):
+        jax.eval_shape(lambda tokens: model(tokens, state=state), jnp.zeros((B, T), jnp.int32))
+
+
+def test_without_a_mesh_nothing_is_wrapped():
+    def function(x):
+        return x
+
+    assert on_shards(function, None, None) is function
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert on_shards(function, None, None) is function
+
+
+def test_every_process_reads_its_rows():
+    """Rows of a mesh that two processes share are those of its devices; placing them puts each where it belongs."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
+    assert local_rows(mesh, B) == list(range(B))
+    x = np.arange(B * T, dtype=np.int32).reshape(B, T)
+    placed = place(mesh, {"inputs": x}, list(range(B)), B)["inputs"]
+    np.testing.assert_array_equal(placed, x)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 8)
