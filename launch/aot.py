@@ -28,10 +28,7 @@ from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, forward_flops_per_token, training_flops_per_token
 from launch.tpu_compiler import load_compiler
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, as v5e:4x4, v5p:2x2x2, v6e:16x16.")
-JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
-flags.mark_flag_as_required("config")
+FLAGS = flags.FLAGS
 
 
 class Chip(NamedTuple):
@@ -83,11 +80,11 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
                 compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             )
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
+            # "... temporaries (29.86G) exceeds available HBM (15.75G)", or "Used 17.2G of 15.75G hbm".
+            used = re.search(r"([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G", str(error))
             if "RESOURCE_EXHAUSTED" not in str(error) or not used:
                 raise
-            gib = [float(used[i]) / (1 if used[i + 1] == "G" else 1024) for i in (1, 3)]
-            return figures | {"fits": False, "needed_gib": gib[0], "usable_gib": gib[1]}
+            return figures | {"fits": False, "needed_gib": float(used[1]), "usable_gib": float(used[2])}
         (file,) = Path(dump).glob("*.after_optimizations.txt")
         sent = count_collectives(file.read_text())
     memory = compiled.memory_analysis()
@@ -153,9 +150,11 @@ def count_collectives(text: str) -> dict[str, int]:
                 # The parts of one collective, started and finished in several fusions, share a channel.
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel and channel[1] != "1" else (name, line.split(" = ")[0])
+                # A fusion that keeps only its shard of a sum.
+                kind, part = ("reduce-scatter", 0.5) if name.startswith("all-reduce-scatter") else (match[1], 1)
                 if key not in seen:
                     seen.add(key)
-                    sent[match[1]] = sent.get(match[1], 0) + times * _sent(match[1], line)
+                    sent[kind] = sent.get(kind, 0) + round(times * part * _sent(match[1], line))
             else:
                 for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?([%\w.\-, ]+)", line):
                     for part in called.split(","):
@@ -247,14 +246,22 @@ def describe(figures: dict[str, Any], config: Config) -> str:
     return "\n".join(lines)
 
 
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
+    flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, as v5e:4x4, v5p:2x2x2, v6e:16x16.")
+    flags.DEFINE_string("json", None, "File to write the figures to.")
+    flags.mark_flag_as_required("config")
+
+
 def main(_):
     load_compiler(dump=False)
-    config = from_config_dict(CONFIG.value)
-    figures = compile_step(config, TOPOLOGY.value)
+    config = from_config_dict(FLAGS.config)
+    figures = compile_step(config, FLAGS.topology)
     print(describe(figures, config))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(figures, indent=1))
+    if FLAGS.json:
+        Path(FLAGS.json).write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -66,7 +66,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        try:
+            self._finish()
+        finally:
+            self._manager.close()
 
     def save(self, step: int, state: Any, data_iterator: Any, config: Config, val_loss: float | None = None) -> None:
         """Start saving a checkpoint; `state` may be changed or donated after the return.
@@ -80,8 +83,9 @@ class Checkpoints:
 
         Raises:
           ValueError: there is a checkpoint of this step.
+          RuntimeError: the previous one could not be written.
         """
-        self._manager.wait_until_finished()  # _write_manifest may still need the previous step
+        self._finish()  # _write_manifest may still need the previous step
         self._saving = step
         self._manager.save(
             step,
@@ -129,6 +133,17 @@ class Checkpoints:
         """The step of the kept checkpoint with the lowest validation loss, or None if none has one."""
         return self._manager.best_step()
 
+    def _finish(self) -> None:
+        """Wait for the save that is under way."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as many kinds as there are file systems
+            last = max(_steps(self._folder), default=0)
+            raise RuntimeError(
+                f"The checkpoint of step {self._saving} could not be written to {self._folder}: {error}. Make room, or "
+                f"let it be written, and start the run again: it goes on from step {last}."
+            ) from error
+
     def _write_manifest(self) -> None:
         # Orbax calls this on the first process, when all items are complete but the folder has its temporary name.
         (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._saving))
@@ -145,15 +160,19 @@ def check_same_run(workdir: epath.PathLike, config: Config) -> None:
       config: config of this start.
 
     Raises:
+      OSError: the folder cannot be written.
       ValueError: a setting of `Config.identity` differs from the stored one.
     """
     file = _absolute(workdir) / "config.json"
     if not file.exists():
         if jax.process_index() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(file.name + ".tmp")
-            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
-            temporary.replace(file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
+                temporary.replace(file)
+            except OSError as error:
+                raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
     stored, given = (
         _named_leaves(c.identity(), is_leaf=lambda value: not isinstance(value, dict))

@@ -154,7 +154,7 @@ class _Run:
                     val_loss = self._evaluate(state) if evaluate else None
                     if val_loss is not None:
                         self._write(done, {"val_loss": val_loss})
-                        bar.write(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
+                        _say(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
                     if save:
                         checkpoints.save(done, state, self.data, self.config, val_loss)
                     self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
@@ -181,7 +181,7 @@ class _Run:
             )
         if skipped > self.skipped:
             self.skipped = skipped
-            bar.write(
+            _say(
                 f"step {step:>7,}  skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
                 f"({skipped} of {allowed} that may be)"
             )
@@ -290,4 +290,4 @@ def _is_first() -> bool:
 
 def _say(text: str) -> None:
     if _is_first():
-        print(text)
+        tqdm.write(text)

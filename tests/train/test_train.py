@@ -2,88 +2,39 @@
 
 import dataclasses
 import json
-import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
-
-from idattn.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    SSMConfig,
-    TrainConfig,
-    from_config_dict,
+from runs import (
+    STEPS,
+    assert_same_arrays,
+    finish,
+    kill,
+    launch,
+    make_config,
+    rows_of,
+    steps_of,
+    wait_until,
+    write_corpus,
 )
+
+from idattn.config import OptimConfig, from_config_dict
 from idattn.data import load_data, train_iterator
 from idattn.train import loop, train
 from idattn.train.checkpoint import load_params
 from idattn.train.metrics import read_metrics
 from idattn.train.step import Trainer
 
-ROOT = Path(__file__).parents[2]
-STEPS = 12
-CHILD = """
-import json, sys, time
-from idattn.config import from_config_dict
-from idattn.train import loop, train
-
-pause = float(sys.argv[3])
-write = loop.MetricsWriter.write
-
-def slow_write(self, step, scalars):
-    write(self, step, scalars)
-    time.sleep(pause)
-
-loop.MetricsWriter.write = slow_write
-train(from_config_dict(json.loads(sys.argv[1])), sys.argv[2])
-"""
-
-
-def make_config(source, *, mixer="interdomain", seed=42, vocab_size=257, seq_len=16, optim=None, **changes):
-    model = ModelConfig(
-        vocab_size=vocab_size,
-        model_dim=12,
-        num_layers=1,
-        num_heads=2,
-        mlp_dim=16,
-        mixers=(mixer,),
-        ssm=SSMConfig(num_modes=4),
-    )
-    values = dict(
-        steps=STEPS, batch_size=4, log_every=1, eval_every=6, eval_batches=3, checkpoint_every=4, keep_latest=2
-    )
-    return Config(
-        seed=seed,
-        model=model,
-        data=DataConfig(source=str(source), holdout=("held out",), seq_len=seq_len),
-        optim=optim or OptimConfig(peak_lr=1e-2, warmup_steps=2),
-        train=TrainConfig(**(values | changes)),
-        compute=ComputeConfig(dtype="float32", chunk_size=8),
-    )
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Seven documents of random words, so that windows differ and some hold a border."""
-    rng = np.random.default_rng(0)
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
-    rows = [{"id": f"d{i}", "text": " ".join(rng.choice(words, 30 + i))} for i in range(6)]
-    rows.append({"id": "held out", "text": " ".join(rng.choice(words, 50))})
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,22 +54,6 @@ def finished(corpus, tmp_path_factory):
     config = make_config(corpus, ngram_orders=2, sample_prompt="the", sample_tokens=5)
     workdir = tmp_path_factory.mktemp("runs") / "a"
     return config, workdir, train(config, workdir)
-
-
-def rows_of(workdir, key):
-    """[(step, value)] of the lines of metrics.jsonl that have `key`, in their order."""
-    return [(row["step"], row[key]) for row in read_metrics(workdir / "metrics.jsonl") if key in row]
-
-
-def steps_of(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def assert_same_arrays(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def some_differ(actual, expected):
@@ -202,50 +137,19 @@ def test_another_config_is_refused(finished):
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
 
 
-def launch(config, workdir, *, pause, cache=None):
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(jax.config.read("jax_disable_most_optimizations")))
-    if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(config)), str(workdir), str(pause)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def past_a_checkpoint(workdir):
-    """The step of the newest committed checkpoint if a later step is logged, else 0."""
-    if not (workdir / "metrics.jsonl").exists() or not (workdir / "checkpoints").exists():
-        return 0
-    saved, logged = steps_of(workdir), rows_of(workdir, "loss")
-    return saved[-1] if saved and logged and logged[-1][0] > saved[-1] else 0
-
-
 def test_resumes_bit_exact_after_sigkill(finished, tmp_path, compilation_cache):
     config, reference, result = finished
     workdir = tmp_path / "b"
-    child = launch(config, workdir, pause=0.3, cache=compilation_cache)
+    children = launch(config, workdir, pause=0.3, cache=compilation_cache)
     try:
-        deadline = time.monotonic() + 120
-        while not past_a_checkpoint(workdir):
-            assert child.poll() is None, child.communicate()[0]
-            assert time.monotonic() < deadline, "no checkpoint in two minutes"
-            time.sleep(0.02)
+        wait_until(lambda: steps_of(workdir) and rows_of(workdir, "loss")[-1][0] > steps_of(workdir)[-1], children)
     finally:
-        child.kill()
-        child.communicate()
-    assert child.returncode == -signal.SIGKILL
-    killed_at = rows_of(workdir, "loss")[-1][0]
-    checkpoint = past_a_checkpoint(workdir)
-    assert 0 < checkpoint < killed_at < STEPS
+        kill(children)
+    assert children[0].returncode == -signal.SIGKILL
+    killed_at, checkpoint = rows_of(workdir, "loss")[-1][0], steps_of(workdir)[-1]
+    assert 0 < checkpoint <= killed_at < STEPS
 
-    child = launch(config, workdir, pause=0)
-    output, _ = child.communicate(timeout=180)
-    assert child.returncode == 0, output
+    (output,) = finish(launch(config, workdir))
     assert f"resumed {workdir} at step {checkpoint}\n" in output
     assert f"  this model  {result['val_loss']:.3f}\n" in output
     for key in ("loss", "grad_norm", "learning_rate", "tokens", "val_loss"):
@@ -256,6 +160,64 @@ def test_resumes_bit_exact_after_sigkill(finished, tmp_path, compilation_cache):
     assert (config_b, step_b) == (config_a, step_a) == (config, STEPS)
     assert_same_arrays(params_b, params_a)
     assert some_differ(params_a, load_params(reference, 8)[1])
+
+
+def test_a_disk_that_fills_up(finished, tmp_path, compilation_cache):
+    """No file may grow past 16 KiB once there is a checkpoint: the next is refused, and nothing is lost."""
+    config, reference, _ = finished
+    workdir = tmp_path / "full"
+    children = launch(config, workdir, pause=0.2, cache=compilation_cache)
+    try:
+        wait_until(lambda: steps_of(workdir), children)
+        resource.prlimit(children[0].pid, resource.RLIMIT_FSIZE, (2**14, 2**14))
+        output = children[0].communicate(timeout=120)[0]
+    finally:
+        kill(children)
+    assert children[0].returncode == 1
+    assert f"The checkpoint of step 8 could not be written to {workdir / 'checkpoints'}" in output
+    assert "File too large" in output and "goes on from step 4." in output
+    (output,) = finish(launch(config, workdir, cache=compilation_cache))
+    assert f"resumed {workdir} at step 4\n" in output
+    assert rows_of(workdir, "loss") == rows_of(reference, "loss")
+    assert steps_of(workdir) == [8, 12]
+
+
+def test_a_folder_that_cannot_be_written(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"workdir=.*file/run'\) cannot be written .*name a folder that can"):
+        train(make_config(corpus), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("moment", "owner", "name", "done"),
+    [
+        ("a compilation", Trainer, "step", 1),
+        ("an evaluation", loop._Run, "_evaluate", 6),
+        ("a save", loop.Checkpoints, "save", 4),
+    ],
+)
+def test_a_request_to_stop_is_kept(finished, tmp_path, monkeypatch, capsys, moment, owner, name, done):
+    """SIGTERM in the middle of something: the step that it came in is saved, and the run goes on as it would have."""
+    config, reference, result = finished
+    function, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = train(config, tmp_path / "run")
+    assert (stopped["step"], stopped["finished"]) == (done, False)
+    assert f"stopped by SIGTERM with step {done} of {STEPS} saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert steps_of(tmp_path / "run")[-1] == done
+    again = train(config, tmp_path / "run")
+    assert (again["step"], again["finished"]) == (STEPS, True)
+    for key in ("loss", "val_loss"):
+        assert rows_of(tmp_path / "run", key) == rows_of(reference, key)
 
 
 def test_another_seed_is_another_run(finished, corpus, tmp_path):

@@ -1,0 +1,124 @@
+"""The plan of a run on a slice that is not there: bytes of a program written by hand, and one real compilation."""
+
+import dataclasses
+
+import pytest
+
+from idattn.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    SSMConfig,
+    TrainConfig,
+)
+from launch import aot
+from launch.tpu_compiler import load_compiler
+
+HLO = """HloModule step
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+%all-reduce-scatter.3 (input: bf16[256,128]) -> bf16[64,128] {
+  %all-reduce.1 = bf16[256,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3}}
+}
+%condition (i: s32[]) -> pred[] {
+  %constant.2 = s32[]{:T(128)} constant(24)
+  ROOT %lt = pred[] compare(%i, %constant.2), direction=LT
+}
+%start (p: bf16[1,128,64]) -> bf16[4,128,64] {
+  %all-gather.1 = bf16[4,128,64]{2,1,0} all-gather(%p), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+%done (p: bf16[1,128,64]) -> bf16[4,128,64] {
+  %all-gather.2 = bf16[4,128,64]{2,1,0} all-gather(%p), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+%body (i: s32[]) -> s32[] {
+  %fusion.1 = bf16[4,128,64]{2,1,0} fusion(%p), kind=kCustom, calls=%start
+  %fusion.2 = bf16[4,128,64]{2,1,0} fusion(%p), kind=kCustom, calls=%done
+  %fusion.3 = bf16[64,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.1 = s32[] while(%t), condition=%condition, body=%body
+  %permute = (f32[2,16]{1,0}, f32[2,16]{1,0}, u32[], u32[]) collective-permute-start(%a), channel_id=1
+  %pmax.1 = f32[100]{0} all-reduce(%a), channel_id=1, replica_groups=[2,2]<=[4], to_apply=%add
+  %psum.2 = (f32[100]{0}, f32[4]{0}) all-reduce(%a, %a), channel_id=1, replica_groups=[1,4]<=[4]
+}
+"""
+
+
+def test_bytes_of_a_program_written_by_hand():
+    assert aot.count_collectives(HLO) == {
+        "all-gather": 24 * 4 * 128 * 64 * 2 * 3 // 4,  # once for its parts, as often as the loop runs
+        "reduce-scatter": 24 * 256 * 128 * 2 * 3 // 4,
+        "collective-permute": 2 * 16 * 4,
+        "all-reduce": 2 * 400 * 1 // 2 + 2 * 416 * 3 // 4,
+    }
+    with pytest.raises(ValueError, match="cannot tell how often a loop runs"):
+        aot.count_collectives(HLO.replace("constant(24)", "parameter(1)"))
+
+
+def make_config(**changes):
+    config = Config(
+        model=ModelConfig(
+            vocab_size=512, model_dim=256, num_layers=2, num_heads=4, mlp_dim=512, ssm=SSMConfig(num_modes=64)
+        ),
+        data=DataConfig(seq_len=512),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2),
+        train=TrainConfig(steps=10, batch_size=64),
+        compute=ComputeConfig(remat="block"),
+        mesh=MeshConfig(fsdp=2, tensor=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
+    load_compiler(dump=False)
+
+
+def test_a_step_compiles_for_a_slice(compiler):
+    """The real train step with its kernels, for four chips; memory and bytes against what the shapes say."""
+    config = make_config()
+    figures = aot.compile_step(config, "v5e:2x2")
+    assert (figures["fits"], figures["chips"]) == (True, 4)
+    layers, words = 2 * 256 * (4 * 256 + 3 * 512), 2 * 256 * 512
+    matrices = layers + words
+    assert matrices < figures["parameter_bytes"] < 1.5 * matrices  # a quarter of each, four bytes
+    assert figures["optimiser_bytes"] == pytest.approx(2 * figures["parameter_bytes"], rel=1e-3)
+    assert figures["temporary_bytes"] > 0 and figures["peak_gib"] < 1
+    # A half of each matrix, in bfloat16, half of it from others: for the forward and again for the backward pass, the
+    # vocabulary's once.
+    assert figures["sent_bytes"]["all-gather"] >= 2 * layers / 2 + words / 2
+    assert figures["sent_bytes"]["reduce-scatter"] + figures["sent_bytes"]["all-reduce"] >= matrices / 2
+    assert 0 < figures["mfu_at_most"] < 0.75
+    text = aot.describe(figures, config)
+    assert "fits, " in text and "all-gather sends" in text and "MFU at most" in text
+
+
+def test_what_does_not_fit_says_what_to_change():
+    figures = {"topology": "v5e:2x2", "chips": 4, "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}}
+    figures |= {"fits": False, "needed_gib": 20.5, "usable_gib": 15.75, "parameter_bytes": 2**30}
+    text = aot.describe(
+        figures, make_config(compute=ComputeConfig(remat="mixer"), train=TrainConfig(steps=2, batch_size=8))
+    )
+    assert "DOES NOT FIT: 20.50 GiB needed, 15.75 GiB there" in text
+    for option in ("compute.remat=block", "train.accumulation=2 (2 rows a chip now)", "mesh.fsdp=4"):
+        assert option in text
+    smallest = aot.advice(figures, make_config(train=TrainConfig(steps=2, batch_size=4)))
+    assert "remat" not in smallest and "accumulation" not in smallest
+
+
+@pytest.mark.slow
+def test_too_large_is_reported_not_raised(compiler):
+    config = make_config(train=TrainConfig(steps=10, batch_size=4096), compute=ComputeConfig(remat="none"))
+    figures = aot.compile_step(config, "v5e:2x2")
+    assert not figures["fits"]
+    assert figures["needed_gib"] > figures["usable_gib"] > 10
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(ValueError, match="'v9:2x2' must start with one of v5e, v5p, v6e"):
+        aot.compile_step(make_config(), "v9:2x2")
