@@ -1,12 +1,10 @@
 """Next-token cross-entropy without the logits of a whole batch."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from idattn.ops.product import product
-from idattn.sharding import RULES, constrain, is_split, on_shards, spec
+from idattn.sharding import RULES, is_split, on_shards, spec
 
 
 def cross_entropy(
@@ -28,12 +26,17 @@ def cross_entropy(
     """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     axes = RULES["V"] if is_split("V") else ()
-    function = partial(_total, axes=axes, chunk=chunk)
-    tokens, words = spec("B", "T"), spec(None, "V")
+    tokens = spec("B", "T")
+
+    def function(hidden, head, targets, mask):
+        # The transpose sums the head's gradient, in float32, to the devices that hold its parts.
+        head = jax.lax.all_gather(head, RULES["D"], axis=0, tiled=True) if is_split("D") else head
+        return _total(hidden, head, targets, mask, axes=axes, chunk=chunk)
+
     # One sum a device, of its tokens: adding them up is the only exchange that all devices need.
-    total = on_shards(function, (tokens, words, tokens, tokens), spec("B", "T"))
+    total = on_shards(function, (tokens, spec("D", "V"), tokens, tokens), tokens)
     mask = mask.astype(dtype)
-    return jnp.sum(total(hidden, constrain(head, None, "V"), targets, mask)), jnp.sum(mask)
+    return jnp.sum(total(hidden, head, targets, mask)), jnp.sum(mask)
 
 
 def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) -> jax.Array:

@@ -145,7 +145,7 @@ def count_collectives(text: str) -> dict[str, int]:
     def walk(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                walk(loop[2], times * _trips(bodies[loop[1]], line))
+                walk(loop[2], times * _trips(bodies[loop[1]], bodies[loop[2]]))
             elif match := _COLLECTIVE.search(line.split(", metadata=")[0]):
                 # The parts of one collective, started and finished in several fusions, share a channel.
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -165,14 +165,25 @@ def count_collectives(text: str) -> dict[str, int]:
     return sent
 
 
-def _trips(condition: list[str], line: str) -> int:
-    """How often a loop runs that counts from 0 to the constant of its condition."""
-    if known := re.search(r"known_trip_count[^\d]*(\d+)", line):
-        return int(known[1])
-    constants = {int(n) for row in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", row)}
-    if len(constants) != 1:
+def _trips(condition: list[str], body: list[str]) -> int:
+    """How often a loop runs that counts from 0 by a constant to the constant of its condition."""
+
+    def operands(rows, pattern):
+        match = re.search(rf"{pattern}\((.*?)\)", "\n".join(rows))
+        return re.findall(r"%([\w.\-]+)", match[1]) if match else []
+
+    def constant(rows, name):
+        match = re.search(rf"%{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)", "\n".join(rows))
+        return int(match[1]) if match else 0
+
+    counter, limit = operands(condition, r"ROOT .* compare") or ("", "")
+    index = re.search(rf"%{re.escape(counter)} = .* get-tuple-element\(.*?\), index=(\d+)", "\n".join(condition))
+    results = operands(body, r"ROOT .* tuple")
+    added = operands(body, rf"%{re.escape(results[int(index[1])])} = .* add") if index and results else []
+    limit, step = constant(condition, limit), constant(body, added[-1]) if added else 0
+    if not limit or not step:
         raise ValueError(f"cannot tell how often a loop runs whose condition is {condition}.")
-    return constants.pop()
+    return -(-limit // step)
 
 
 def _sent(kind: str, line: str) -> int:

@@ -14,7 +14,7 @@ from flax import nnx
 from idattn.config import SSMConfig
 from idattn.ops import Basis
 from idattn.ops.segments import last_token, run_index
-from idattn.sharding import constrain
+from idattn.sharding import constrain, gathered
 
 
 class SSMParam(nnx.Param):
@@ -30,12 +30,12 @@ class Linear(nnx.Module):
 
     def __init__(self, num_in: int, num_out: int, dims: tuple[str, str], *, std: float, rngs: nnx.Rngs):
         self.weight = MatrixParam(std * jax.random.normal(rngs.params(), (num_in, num_out)), dims=dims)
-        self.dims = tuple(None if dim == "D" else dim for dim in dims)
+        self.dims = dims
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, num_in) -> (B, T, num_out)."""
-        weight = constrain(self.weight[...].astype(x.dtype), *self.dims)  # gathered over fsdp, in the smaller dtype
-        return constrain(x @ weight, "B", "T", self.dims[1])
+        weight = gathered(self.weight[...].astype(x.dtype), self.dims)  # in the smaller dtype
+        return constrain(x @ weight, "B", "T", None if self.dims[1] == "D" else self.dims[1])
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -11,7 +11,7 @@ from idattn.config import MIXERS, ComputeConfig, ModelConfig
 from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
 from idattn.nn.ssm import SSMMixer
-from idattn.sharding import constrain, param_specs
+from idattn.sharding import constrain, gathered, param_specs
 
 _KEPT = {  # for the backward pass, see `idattn.config.REMAT`
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -109,7 +109,7 @@ class LanguageModel(nnx.Module):
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: from `init_state` or an earlier call, to go on from there; None to start anew and keep none.
         """
-        embedding = constrain(self.embedding[...].astype(self.compute.dtype), "V", None)
+        embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
         x = constrain(embedding[tokens], "B", "T", None)
         graphdef, params = nnx.split(self.groups)
 
