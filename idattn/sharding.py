@@ -2,7 +2,7 @@
 
     data      rows of the batch; parameters are copies
     fsdp      rows of the batch; parameters, gradients and optimiser state are split and gathered layer by layer
-    sequence  tokens; what crosses is the state of fixed size (softmax: all keys and values)
+    sequence  tokens; what crosses is the state of fixed size (softmax: all keys and values); parameters as in fsdp
     tensor    heads, channels of the MLP, vocabulary
 
 Parameters name their dimensions where they are made (`dims`), activations where they are constrained. The mesh is
@@ -27,7 +27,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "T": ("sequence",),
-    "D": ("fsdp",),
+    "D": ("fsdp", "sequence"),
     "H": ("tensor",),
     "G": ("tensor",),
     "F": ("tensor",),
@@ -93,7 +93,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
-    """A weight, split as `dims` say, whole over fsdp; its gradient is summed to where it lies, by a reduce-scatter.
+    """A weight, split as `dims` say, with its "D" whole; its gradient is summed to where it lies, by a reduce-scatter.
 
     Left to itself the partitioner sums the gradient on every device, which moves twice as much.
     """
