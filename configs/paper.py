@@ -34,6 +34,7 @@ SCALES = {
     "350M": Scale(1024, 24, 16, 2816, 1.5e-3, 7e9),
     "760M": Scale(1536, 24, 16, 4096, 1e-3, 15e9),
     "1.3B": Scale(2048, 24, 32, 5504, 1e-3, 26e9),
+    "7B": Scale(4096, 32, 64, 11008, 3e-4, 140e9),  # ours, to plan with: the paper stops at 1.3B
 }
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from idattn.choices import BACKENDS
 from idattn.ops import interdomain_attention
+from idattn.ops.softmax import splash
 from launch.op_shapes import SHAPES, abstract_inputs, random_inputs
 from launch.tpu_compiler import compile_for, load_compiler
 
@@ -49,18 +50,6 @@ def written_out(q, k, v):
     scores = jnp.einsum("bthr,bshr->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(R)
     scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
     return jnp.einsum("bhts,bshe->bthe", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-
-
-def splash(q, k, v):
-    """Causal softmax attention by JAX's TPU kernel."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    mask = splash_attention_mask.CausalMask((q.shape[1], q.shape[1]))
-    kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([mask] * q.shape[2])
-    )
-    q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
-    return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
 
 def fused(q, k, v, platform: str):

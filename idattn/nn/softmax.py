@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn.config import ModelConfig
 from idattn.nn import carry
 from idattn.nn.layers import Linear, rotate_positions
+from idattn.ops import softmax_attention
 from idattn.ops.segments import PADDING, document_positions, last_token, run_index
 from idattn.sharding import is_split, on_shards, spec
 
@@ -70,7 +71,7 @@ class SoftmaxAttention(nnx.Module):
         q = rotate_positions(q, positions, self.config.rope_base)
         k = rotate_positions(k, positions, self.config.rope_base)
         if state is None:
-            o = self._among_themselves(q, k, v, segment_ids, axis)
+            o = softmax_attention(q, k, v, segment_ids, axis=axis)
             return checkpoint_name(o.reshape(B, T, -1), "mixer"), None
 
         runs = run_index(ids)
@@ -86,23 +87,6 @@ class SoftmaxAttention(nnx.Module):
         slot = jnp.where((runs == last_run) & (ids != PADDING), positions, state.k.shape[1])
         new = [old.at[rows, slot].set(y, mode="drop") for old, y in ((state.k, k), (state.v, v))]
         return o.reshape(B, T, -1), KVCache(*new, end)
-
-    def _among_themselves(self, q, k, v, segment_ids, axis: str | None):
-        """Causal attention among the tokens of all shards, whose keys and values every shard gathers."""
-        if axis is None and segment_ids is None:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        T = q.shape[1]
-        first = 0 if axis is None else T * jax.lax.axis_index(axis)
-
-        def everywhere(x):
-            return x if axis is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
-
-        k, v = everywhere(k), everywhere(v)
-        mask = (first + jnp.arange(T)[:, None] >= jnp.arange(k.shape[1]))[None]
-        if segment_ids is not None:
-            runs = run_index(everywhere(segment_ids))
-            mask &= jax.lax.dynamic_slice_in_dim(runs, first, T, axis=1)[:, :, None] == runs[:, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
     def init_state(self, batch_size: int, max_tokens: int, dtype: jnp.dtype) -> KVCache:
         """The empty cache for `batch_size` rows of at most `max_tokens` tokens, computed in `dtype`."""
