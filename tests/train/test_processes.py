@@ -3,6 +3,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -123,3 +125,14 @@ def test_killed_in_a_save(start, reference, tmp_path, processes):
 def test_a_manifest_names_the_files_of_all_processes(reference):
     digests = json.loads((reference / "checkpoints" / "12" / MANIFEST).read_text())
     assert {f"state/ocdbt.process_{i}" for i in range(2)} <= {"/".join(name.split("/")[:2]) for name in digests}
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path):
+    """`launch.fault_loop`, which compares with a run that nothing happened to; its log of a longer one is in docs."""
+    command = [sys.executable, "-m", "launch.fault_loop", "--kills=20", "--steps=700", "--seed=2"]
+    log = tmp_path / "log"
+    done = subprocess.run([*command, f"--workdir={tmp_path / 'runs'}", f"--log={log}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = log.read_text().splitlines()
+    assert len(lines) == 22 and lines[-1].endswith("bit for bit")
