@@ -81,7 +81,7 @@ until state=\$($state); echo \"\$state\"; [[ \$state =~ ^(ACTIVE|FAILED|SUSPEND)
 $(line gcloud compute tpus tpu-vm scp /tmp/idattn.tar.gz "$name:" "${where[@]}" --worker=all)
 $(on all "mkdir -p idattn && tar -xzf idattn.tar.gz -C idattn && cd idattn && python3 -m pip install --quiet --user uv &&\
  python3 -m uv venv --quiet --allow-existing --python=3.12 .venv &&\
- python3 -m uv pip install --quiet --editable '.[tpu]' 'etils[epath-gcs]'")"
+ python3 -m uv pip install --quiet --editable '.[tpu,gcs]'")"
         ;;
     train)
         script="$(on all "cd idattn || exit; touch train.pid; ! kill -0 \"\$(cat train.pid)\" 2>/dev/null ||\

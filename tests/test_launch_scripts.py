@@ -166,7 +166,7 @@ def test_tpu_setup_and_delete_dry_run(execute):
     assert shlex.split(archive)[:4] == ["git", "-C", str(ROOT), "archive"]
     assert copy.startswith("gcloud compute tpus tpu-vm scp /tmp/idattn.tar.gz pod: ") and "--worker=all" in copy
     (remote,) = (word for word in shlex.split(install) if word.startswith("--command="))
-    assert "--worker=all" in install and "pip install --quiet --editable '.[tpu]'" in remote
+    assert "--worker=all" in install and "pip install --quiet --editable '.[tpu,gcs]'" in remote
     delete = finish(execute("tpu", "delete", *SLICE, "--dry-run"))
     assert delete == "gcloud compute tpus queued-resources delete pod --force --quiet --zone=europe-west4-b\n"
 

@@ -7,6 +7,7 @@ checkpoint therefore carries `manifest.json`, the SHA-256 of each file of its it
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from idattn.config import Config, from_config_dict
+from idattn.train.storage import in_bucket, run_folder, write_whole
 
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
@@ -145,7 +147,8 @@ class Checkpoints:
             ) from error
 
     def _write_manifest(self) -> None:
-        # Orbax calls this on the first process, when all items are complete but the folder has its temporary name.
+        # Orbax calls this on the first process, when all items are complete but the folder is not: it has its temporary
+        # name, or in a bucket no commit_success.txt.
         (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._saving))
         files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
         digests = {str(file.relative_to(folder)): _sha256(file) for file in files}
@@ -166,11 +169,8 @@ def check_same_run(workdir: epath.PathLike, config: Config) -> None:
     file = _absolute(workdir) / "config.json"
     if not file.exists():
         if jax.process_index() == 0:
-            temporary = file.with_name(file.name + ".tmp")
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
-                temporary.replace(file)
+                write_whole(file, json.dumps(dataclasses.asdict(config), indent=2))
             except OSError as error:
                 raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
@@ -233,7 +233,8 @@ def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    return epath.Path(path).expanduser().absolute()
+    path = run_folder(path)
+    return path if in_bucket(path) else path.absolute()
 
 
 def _val_loss(metrics: dict[str, float]) -> float:
@@ -289,10 +290,11 @@ def _set_broken_aside(folder: epath.Path) -> str:
     if not found:
         return "; ".join(broken.values())
     for step, damage in broken.items():
-        aside = folder.parent / "broken"
-        aside.mkdir(exist_ok=True)
-        count = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
-        target = aside / (f"{step}-{count}" if count else str(step))
+        aside, count = folder.parent / "broken", itertools.count(1)
+        target = aside / str(step)
+        while target.exists():
+            target = aside / f"{step}-{next(count)}"
+        write_whole(target.with_name(f"{target.name}.txt"), damage)  # also makes the folder of both
         (folder / str(step)).rename(target)
         logger.warning("Checkpoint %d is not used and moved to %s: %s.", step, target, damage)
     return ""

@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
+from idattn.train.storage import LocalFolder, run_folder
 
 
 def train(
@@ -41,7 +42,7 @@ def train(
 
     Args:
       config: the run, as a Config or as the ConfigDict of a config file.
-      workdir: folder of the run; made if it does not exist.
+      workdir: folder of the run; made if it does not exist. gs://BUCKET/FOLDER is in Google Cloud Storage.
       init_from: a checkpoint whose weights a new run starts from.
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
         A run that is resumed within the window or after it is not profiled.
@@ -60,11 +61,11 @@ def train(
     """
     if not isinstance(config, Config):
         config = from_config_dict(config)
-    return _Run(config, Path(workdir), init_from, profile).run()
+    return _Run(config, run_folder(workdir), init_from, profile).run()
 
 
 class _Run:
-    def __init__(self, config: Config, workdir: Path, init_from: str, profile: tuple[int, int]):
+    def __init__(self, config: Config, workdir: epath.Path, init_from: str, profile: tuple[int, int]):
         self.config, self.workdir, self.profile = config, workdir, profile
         self.tokenizer, self.train_windows, self.val_windows = load_data(config.data)
         if self.tokenizer.vocab_size > config.model.vocab_size:
@@ -137,7 +138,8 @@ class _Run:
             while done < settings.steps and not self.stop.reached(done):
                 done += 1
                 if done == self.profile[0]:
-                    jax.profiler.start_trace(self.workdir / "profile")
+                    traces = LocalFolder(self.workdir / "profile")
+                    jax.profiler.start_trace(traces.path)
                 batch = place(mesh, next(self.data), self.rows, settings.batch_size)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.trainer.step(state, batch)
@@ -151,10 +153,12 @@ class _Run:
                     paused = time.perf_counter()
                     if done == self.profile[1] and start < self.profile[0]:
                         jax.profiler.stop_trace()
+                        traces.close()
                     val_loss = self._evaluate(state) if evaluate else None
                     if val_loss is not None:
                         self._write(done, {"val_loss": val_loss})
                         _say(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
+                    self._upload_metrics()
                     if save:
                         checkpoints.save(done, state, self.data, self.config, val_loss)
                     self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
@@ -162,6 +166,7 @@ class _Run:
             if done < settings.steps:
                 self._look(pending, state, bar)
                 if checkpoints.latest_step() != done:
+                    self._upload_metrics()
                     checkpoints.save(done, state, self.data, self.config)
         return done, state
 
@@ -201,6 +206,10 @@ class _Run:
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self.writer:
             self.writer.write(step, metrics)
+
+    def _upload_metrics(self) -> None:
+        if self.writer:
+            self.writer.upload()
 
     def _evaluate(self, state: State) -> float:
         settings = self.config.train

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+
+from idattn.train.storage import LocalFolder, run_folder, write_whole
 
 # Published dense bfloat16 FLOP/s for each jax device, by `device_kind`. A device is a whole chip, but for TPU v3 and
 # TPU7x, where it is one of the chip's two TensorCores. Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x};
@@ -52,23 +54,24 @@ class MetricsWriter:
     """Writes scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`; a context manager, for one process.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run. On a disk each line is there at once, in a bucket after `upload` and at the end.
       resume_step: step of the restored checkpoint; what was written for later steps is dropped. -1 for a new run.
 
     Raises:
       ValueError: a line of `metrics.jsonl` other than a half-written last one is no JSON object with a step.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int):
-        path = Path(workdir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            temporary = path.with_name(path.name + ".tmp")
-            kept = (record for record in read_metrics(path) if record["step"] <= resume_step)
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            temporary.replace(path)
+    def __init__(self, workdir: epath.PathLike, resume_step: int):
+        workdir = run_folder(workdir)
+        stored = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(stored) if row["step"] <= resume_step] if stored.exists() else []
+        self._local = LocalFolder(workdir)
+        path = self._local.path / "metrics.jsonl"
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
+        # Its own writer for buckets ends at a fault of the network, and calls of the run then wait for ever.
         self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
+        self.upload()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -76,6 +79,12 @@ class MetricsWriter:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
         self._tensorboard.close()
+        self._local.close()
+
+    def upload(self) -> None:
+        """Have a bucket show what was written; call it before a checkpoint, since a resume writes later steps alone."""
+        self._tensorboard.flush()
+        self._local.upload()
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Append one line; in the file, values that are not finite are null, for which JSON has no number.
@@ -92,7 +101,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
 
-def plot_losses(workdir: str | Path, baselines: Mapping[str, float] | None = None) -> Path:
+def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None = None) -> epath.Path:
     """Draw the training and validation losses of `workdir/metrics.jsonl` to `workdir/loss.png`.
 
     Args:
@@ -106,7 +115,7 @@ def plot_losses(workdir: str | Path, baselines: Mapping[str, float] | None = Non
       FileNotFoundError: the run has no metrics.
       ValueError: the metrics hold no loss, or a line of them is malformed.
     """
-    path = Path(workdir) / "metrics.jsonl"
+    path = run_folder(workdir) / "metrics.jsonl"
     records = read_metrics(path)
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)")
@@ -125,11 +134,12 @@ def plot_losses(workdir: str | Path, baselines: Mapping[str, float] | None = Non
     axes.grid(alpha=0.3)
     axes.legend()
     image = path.with_name("loss.png")
-    figure.savefig(image)
+    with image.open("wb") as file:
+        figure.savefig(file)
     return image
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order; a half-written last line is left out."""
     *lines, _half_written = path.read_text().split("\n")
     records = []
