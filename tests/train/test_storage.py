@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
@@ -127,6 +128,16 @@ def test_a_run_in_a_bucket(bucket, tmp_path, capsys):
     assert (broken / "8" / array.relative_to(last)).read_bytes() == data
     assert array.name in (broken / "8.txt").read_text()
     assert not last.exists() and load_params(name)[2] == 6
+
+
+@pytest.mark.slow
+def test_files_that_others_write_are_listed(bucket):
+    """A manifest must name the files of TensorStore, in folders that gcsfs has listed before."""
+    folder = run_folder(f"{bucket}/listed")
+    (folder / "ours").write_text("1")
+    assert [path.name for path in folder.iterdir()] == ["ours"]
+    ts.KvStore.open(f"{folder}/").result().write("theirs", b"2").result()
+    assert {path.name for path in folder.iterdir()} == {"ours", "theirs"} and (folder / "theirs").read_text() == "2"
 
 
 @pytest.mark.slow
