@@ -90,9 +90,10 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     figures |= {
         "fits": True,
-        "temporary_bytes": memory.temp_size_in_bytes,
+        # At the peak; temp_size_in_bytes also counts what is never there at the same time.
+        "temporary_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,
-        "peak_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+        "peak_gib": (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / 2**30,
         "sent_bytes": sent,
     }
     seconds = figures["seconds"]
@@ -179,8 +180,11 @@ def _trips(condition: list[str], body: list[str]) -> int:
     counter, limit = operands(condition, r"ROOT .* compare") or ("", "")
     index = re.search(rf"%{re.escape(counter)} = .* get-tuple-element\(.*?\), index=(\d+)", "\n".join(condition))
     results = operands(body, r"ROOT .* tuple")
-    added = operands(body, rf"%{re.escape(results[int(index[1])])} = .* add") if index and results else []
-    limit, step = constant(condition, limit), constant(body, added[-1]) if added else 0
+    after = results[int(index[1])] if index and results else ""
+    while copied := operands(body, rf"%{re.escape(after)} = .* copy"):
+        (after,) = copied
+    added = operands(body, rf"%{re.escape(after)} = .* add")
+    limit, step = constant(condition, limit), max((constant(body, name) for name in added), default=0)
     if not limit or not step:
         raise ValueError(f"cannot tell how often a loop runs whose condition is {condition}.")
     return -(-limit // step)
@@ -234,7 +238,7 @@ def describe(figures: dict[str, Any], config: Config) -> str:
     gib = 2**30
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
     lines = [f"{'+'.join(config.model.mixers)} on {figures['topology']}, {figures['chips']} chips ({mesh}), each:"]
-    for name in ("parameter", "optimiser", "temporary"):
+    for name in ("parameter", "optimiser", "temporary", "program"):
         if f"{name}_bytes" in figures:
             lines.append(f"  {name + ' memory':<22}{figures[f'{name}_bytes'] / gib:>10.2f} GiB")
     if not figures["fits"]:

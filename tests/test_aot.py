@@ -37,11 +37,12 @@ HLO = """HloModule step
 }
 %body (i: s32[]) -> s32[] {
   %two = s32[]{:T(128)} constant(2)
-  %next = s32[] add(%m, %two)
+  %next = s32[] add(%two, %m)
   %fusion.1 = bf16[4,128,64]{2,1,0} fusion(%p), kind=kCustom, calls=%start
   %fusion.2 = bf16[4,128,64]{2,1,0} fusion(%p), kind=kCustom, calls=%done
   %fusion.3 = bf16[64,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
-  ROOT %tuple = (f32[], /*index=1*/s32[]) tuple(%x, /*index=1*/%next)
+  %copy.4 = s32[] copy(%next)
+  ROOT %tuple = (f32[], /*index=1*/s32[]) tuple(%x, /*index=1*/%copy.4)
 }
 ENTRY %main (a: f32[8]) -> f32[8] {
   %while.1 = s32[] while(%t), condition=%condition, body=%body
