@@ -131,9 +131,10 @@ def test_a_step_is_that_of_one_device(one_device, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["single_query", "dual_linear"])
-def test_the_other_mixers_too(one_device, mixer):
-    assert_same_step(run_step(make_config((mixer,), MESHES["all"])), one_device((mixer,)))
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_other_mixers_too(one_device, mesh):
+    mixers = ("single_query", "dual_linear")
+    assert_same_step(run_step(make_config(mixers, MESHES[mesh])), one_device(mixers))
 
 
 @pytest.mark.slow
