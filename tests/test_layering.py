@@ -21,7 +21,7 @@ ALLOWED = {
     "ops": {"choices", "shapes"},
     "nn": {"ops", "sharding", "config", "choices", "shapes"},
     "data": {"config", "choices"},
-    "inference": {"nn", "config"},
+    "inference": {"data", "nn", "ops", "sharding", "config", "choices"},
     "evals": {"loss", "nn", "config"},
     "costs": {"nn", "config"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "config", "choices"},

@@ -1,5 +1,21 @@
-"""Using a trained model."""
+"""Using a trained model: tokens read, scored and written (`decoder`), text (`text`), what stays on disk (`files`)."""
 
-from idattn.inference.generate import generate
+from idattn.inference.decoder import Context, Decoder
+from idattn.inference.files import load_context, load_weights, save_context, save_weights
+from idattn.inference.sampling import Sampling, make_sampling
+from idattn.inference.text import Completion, generate, generate_text, right_pad
 
-__all__ = ["generate"]
+__all__ = [
+    "Completion",
+    "Context",
+    "Decoder",
+    "Sampling",
+    "generate",
+    "generate_text",
+    "load_context",
+    "load_weights",
+    "make_sampling",
+    "right_pad",
+    "save_context",
+    "save_weights",
+]

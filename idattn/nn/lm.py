@@ -10,7 +10,7 @@ from flax import nnx
 from idattn.config import MIXERS, ComputeConfig, ModelConfig
 from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
-from idattn.nn.ssm import SSMMixer
+from idattn.nn.ssm import BlockState, SSMMixer, SSMState
 from idattn.sharding import constrain, gathered, param_specs
 
 _KEPT = {  # for the backward pass, see `idattn.config.REMAT`
@@ -88,9 +88,8 @@ class LanguageModel(nnx.Module):
         self.embedding = MatrixParam(
             config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim)), dims=("V", "D")
         )
-        repeats = config.num_layers // len(config.mixers)
 
-        @nnx.split_rngs(splits=repeats)
+        @nnx.split_rngs(splits=self.repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs):
             return Group(config, compute, rngs=rngs)
@@ -113,14 +112,18 @@ class LanguageModel(nnx.Module):
         x = constrain(embedding[tokens], "B", "T", None)
         graphdef, params = nnx.split(self.groups)
 
-        def apply(x, params_and_states):
-            params, states = params_and_states
-            x, new_states = nnx.merge(graphdef, params)(x, segment_ids, states)
-            return x, None if states is None else new_states
+        def apply(carried, params_and_layer):
+            (x, states), (params, layer) = carried, params_and_layer
+            picked = None if states is None else [s.pick(layer) for s in states]
+            x, new_states = nnx.merge(graphdef, params)(x, segment_ids, picked)
+            if states is not None:
+                states = [s.put(layer, new) for s, new in zip(states, new_states, strict=True)]
+            return (x, states), None
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT[self.compute.remat])
-        x, state = jax.lax.scan(apply, x, (params, state))
+        # States are carried rather than scanned over, so that every layer changes its own in place.
+        (x, state), _ = jax.lax.scan(apply, (x, state), (params, jnp.arange(self.repeats)))
         return self.final_norm(x), state
 
     def __call__(
@@ -130,13 +133,37 @@ class LanguageModel(nnx.Module):
         x, state = self.hidden(tokens, segment_ids=segment_ids, state=state)
         return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32)), state
 
-    def init_state(self, batch_size: int, max_tokens: int) -> Any:
-        """The state before the first token of `batch_size` rows; softmax layers keep up to `max_tokens` keys."""
-        graphdef, params = nnx.split(self.groups)
-        repeats = self.config.num_layers // len(self.config.mixers)
-        group = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], params))
-        states = [b.mixer.init_state(batch_size, max_tokens, jnp.dtype(self.compute.dtype)) for b in group.blocks]
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), states)
+    def init_state(self, batch_size: int, max_tokens: int, *, state_dtype: str | None = None) -> Any:
+        """The state before the first token of `batch_size` rows.
+
+        Args:
+          batch_size: B.
+          max_tokens: that softmax layers have room for.
+          state_dtype: what SSM states are kept in between calls; None for float32 or better.
+        """
+        dtype = jnp.dtype(self.compute.dtype)
+        states = [b.mixer.init_state(batch_size, max_tokens, dtype, state_dtype) for b in self.groups.blocks]
+        return [state.stack(self.repeats) for state in states]
+
+    def state_specs(self) -> Any:
+        """How such a state is split: PartitionSpecs in its structure."""
+        return [b.mixer.state_specs("L") for b in self.groups.blocks]
+
+    def open_block(self, state: Any, size: int) -> Any:
+        """A state as of a block of up to `size` tokens, to be read one by one; see `idattn.ops.blockwise`."""
+        return [
+            b.mixer.open_block(s, size, self.compute.dtype) if isinstance(s, SSMState) else s
+            for b, s in zip(self.groups.blocks, state, strict=True)
+        ]
+
+    def close_block(self, state: Any) -> Any:
+        """The state after the tokens of a block."""
+        return [s.close() if isinstance(s, BlockState) else s for s in state]
+
+    @property
+    def repeats(self) -> int:
+        """How often the pattern of mixers is repeated."""
+        return self.config.num_layers // len(self.config.mixers)
 
 
 def model_specs(model: LanguageModel) -> dict[str, Any]:

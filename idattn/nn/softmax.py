@@ -1,5 +1,6 @@
 """Multi-head softmax attention with rotary positions: the study's baseline, with a cache of keys and values."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,16 +12,43 @@ from idattn.config import ModelConfig
 from idattn.nn import carry
 from idattn.nn.layers import Linear, rotate_positions
 from idattn.ops import softmax_attention
-from idattn.ops.segments import PADDING, document_positions, last_token, run_index
+from idattn.ops.product import product
+from idattn.ops.segments import PADDING, document_positions, run_index
 from idattn.sharding import is_split, on_shards, spec
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the current document, at the index of their position."""
+    """The keys and values of all tokens so far, behind one another, of as many layers as are stacked.
 
-    k: jax.Array  # (B, max_tokens, H, R)
-    v: jax.Array  # (B, max_tokens, H, R)
-    position: jax.Array  # (B,) int32, of the next token in its document: the number of keys that count
+    A layer of a stack writes its tokens in place and reads its own part: no step copies a cache.
+    """
+
+    k: jax.Array  # (layers, B, H, max_tokens, R)
+    v: jax.Array  # (layers, B, H, max_tokens, R)
+    used: jax.Array  # (B,) int32, tokens that are there; of a stack (layers, B)
+    position: jax.Array  # likewise, of the next token in its document: the last of them that count
+    layer: jax.Array | None = None  # () int32, whose turn it is; None for the whole stack, or the only one
+
+    def stack(self, layers: int) -> "KVCache":
+        """As many layers, all with what this one has."""
+        k, v = (jnp.broadcast_to(x, (layers, *x.shape[1:])) for x in self[:2])
+        return KVCache(k, v, *(jnp.broadcast_to(x, (layers, *x.shape)) for x in self[2:4]))
+
+    def pick(self, layer: jax.Array) -> "KVCache":
+        """A layer of the stack."""
+        return self._replace(used=self.used[layer], position=self.position[layer], layer=layer)
+
+    def put(self, layer: jax.Array, new: "KVCache") -> "KVCache":
+        """The stack with a layer that was picked from it and went on."""
+        used, position = self.used.at[layer].set(new.used), self.position.at[layer].set(new.position)
+        return KVCache(new.k, new.v, used, position)
+
+    def resize(self, max_tokens: int) -> "KVCache":
+        """With room for as many tokens, of which not more than that may be there."""
+        pad = max_tokens - self.k.shape[3]
+        widths = [(0, 0)] * 3 + [(0, max(pad, 0)), (0, 0)]
+        k, v = (jnp.pad(x[:, :, :, :max_tokens], widths) for x in self[:2])
+        return self._replace(k=k, v=v)
 
 
 class SoftmaxAttention(nnx.Module):
@@ -51,8 +79,10 @@ class SoftmaxAttention(nnx.Module):
           state: the cache of the tokens before; it must have room for this call's tokens.
         """
         projected = self.query(x), self.key(x), self.value(x)
-        tokens, heads, cache = spec("B", "T"), spec("B", "T", "H"), spec("B", None, "H")
-        cache = None if state is None else KVCache(cache, cache, spec("B"))
+        tokens, heads = spec("B", "T"), spec("B", "T", "H")
+        cache = None
+        if state is not None:
+            cache = self.state_specs()._replace(layer=None if state.layer is None else spec())
         if state is not None and is_split("T"):
             raise NotImplementedError("a cache of keys cannot be split over tokens; use mesh.sequence=1 to generate.")
         core = on_shards(self._attend, ((heads,) * 3, None if segment_ids is None else tokens, cache), (heads, cache))
@@ -74,21 +104,27 @@ class SoftmaxAttention(nnx.Module):
             o = softmax_attention(q, k, v, segment_ids, axis=axis)
             return checkpoint_name(o.reshape(B, T, -1), "mixer"), None
 
-        runs = run_index(ids)
-        mask = (runs[:, :, None] == runs[:, None, :]) & jnp.tri(T, dtype=bool)
-        slots = jnp.arange(state.k.shape[1])
-        cached = (slots < start[:, None])[:, None] & (runs == 0)[..., None]  # (B, T, max_tokens)
-        mask = jnp.concatenate([cached, mask], axis=2)
-        keys, values = jnp.concatenate([state.k, k], axis=1), jnp.concatenate([state.v, v], axis=1)
-        o = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
-        # Tokens of the last document go to the slot of their position; the others to none.
-        rows = jnp.arange(B)[:, None]
-        last_run = jnp.take_along_axis(runs, jnp.maximum(last_token(ids), 0)[:, None], axis=1)
-        slot = jnp.where((runs == last_run) & (ids != PADDING), positions, state.k.shape[1])
-        new = [old.at[rows, slot].set(y, mode="drop") for old, y in ((state.k, k), (state.v, v))]
-        return o.reshape(B, T, -1), KVCache(*new, end)
+        is_token = ids != PADDING
+        layer = 0 if state.layer is None else state.layer
+        slots = state.used[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1  # of padding: of the one before
+        at = (layer, jnp.arange(B)[:, None], slice(None), jnp.where(is_token, slots, state.k.shape[3]))
+        keys, values = (x.at[at].set(y.astype(x.dtype), mode="drop") for x, y in ((state.k, k), (state.v, v)))
+        every = jnp.arange(state.k.shape[3])
+        mask = (every >= (slots - positions)[..., None]) & (every <= slots[..., None])  # (B, T, max_tokens)
+        scores = product("bthr,bhsr->bhts", q, keys[layer], q.dtype) / math.sqrt(q.shape[-1])
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)  # finite: padding may see no token
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        o = product("bhts,bhsr->bthr", weights, values[layer], q.dtype).astype(q.dtype)
+        used = state.used + jnp.sum(is_token, axis=1, dtype=jnp.int32)
+        return o.reshape(B, T, -1), KVCache(keys, values, used, end, state.layer)
 
-    def init_state(self, batch_size: int, max_tokens: int, dtype: jnp.dtype) -> KVCache:
-        """The empty cache for `batch_size` rows of at most `max_tokens` tokens, computed in `dtype`."""
-        empty = jnp.zeros((batch_size, max_tokens, self.config.num_heads, self.config.head_dim), dtype)
-        return KVCache(empty, empty, jnp.zeros(batch_size, jnp.int32))
+    def init_state(
+        self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
+    ) -> KVCache:
+        """The empty cache for `batch_size` rows of at most `max_tokens` tokens, in `dtype`; it holds no other state."""
+        empty = jnp.zeros((1, batch_size, self.config.num_heads, max_tokens, self.config.head_dim), dtype)
+        return KVCache(empty, empty, jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32))
+
+    def state_specs(self, *lead: str) -> KVCache:
+        """How a cache is split, its counts behind the axes `lead` of a stack."""
+        return KVCache(spec("L", "B", "H"), spec("L", "B", "H"), spec(*lead, "B"), spec(*lead, "B"))

@@ -22,6 +22,7 @@ from idattn import ops
 from idattn.config import MIXERS, ComputeConfig, MixerKind, ModelConfig, SSMConfig
 from idattn.nn import carry
 from idattn.nn.layers import HeadNorm, Linear, ShortConv, SSMParam, StateBasis, feature_map, rotate_positions
+from idattn.ops import blockwise
 from idattn.ops.discretize import multiply
 from idattn.ops.segments import document_positions
 from idattn.sharding import is_split, on_shards, param_specs, spec
@@ -30,9 +31,63 @@ from idattn.sharding import is_split, on_shards, param_specs, spec
 class SSMState(NamedTuple):
     """What an SSM mixer carries from token to token; its size does not depend on how many came before."""
 
-    state: jax.Array  # (B, G, 2, M, R + E), float32
+    state: jax.Array  # (B, G, 2, M, R + E), float32 or what it is kept in
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
     position: jax.Array  # (B,) int32, of the next token in its document
+
+    def stack(self, layers: int) -> "SSMState":
+        """As many layers behind one another, all with this state."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), self)
+
+    def pick(self, layer: jax.Array) -> "SSMState":
+        """The state of a layer of the stack."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
+
+    def put(self, layer: jax.Array, new: "SSMState") -> "SSMState":
+        """The stack with another state of a layer, in the dtype that the stack is kept in."""
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, axis=0), self, new
+        )
+
+
+class BlockState(NamedTuple):
+    """What an SSM mixer carries inside a block of tokens (`idattn.ops.blockwise`): the state before it is only read."""
+
+    states: jax.Array  # (layers, B, G, 2, M, R + E), of the whole stack
+    conv_tails: dict[str, jax.Array]  # this and the next two as in SSMState, of one layer or a stack
+    position: jax.Array
+    block: blockwise.Block
+    layer: jax.Array | None = None  # () int32, whose turn it is; None for the stack
+
+    def pick(self, layer: jax.Array) -> "BlockState":
+        """A layer of the stack."""
+        own = (self.conv_tails, self.position, self.block)
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), own)
+        return BlockState(self.states, *own, layer)
+
+    def put(self, layer: jax.Array, new: "BlockState") -> "BlockState":
+        """The stack with what a token has changed of a layer."""
+
+        def write(x, y):
+            return jax.lax.dynamic_update_index_in_dim(x, y, layer, axis=0)
+
+        tails = jax.tree.map(write, self.conv_tails, new.conv_tails)
+        newest = jax.lax.dynamic_slice_in_dim(new.block.tokens, new.block.count - 1, 1, axis=1)
+        where = (layer, 0, new.block.count - 1, 0, 0)
+        tokens = jax.lax.dynamic_update_slice(self.block.tokens, newest[None], where)
+        block = self.block._replace(tokens=tokens, count=write(self.block.count, new.block.count))
+        return BlockState(self.states, tails, write(self.position, new.position), block)
+
+    def close(self) -> SSMState:
+        """The stack's states after the block."""
+
+        def close(states, layer):
+            state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
+            state = blockwise.close_block(state, self.pick(layer).block)
+            return jax.lax.dynamic_update_index_in_dim(states, state, layer, axis=0), None
+
+        states, _ = jax.lax.scan(close, self.states, jnp.arange(self.states.shape[0]))
+        return SSMState(states, self.conv_tails, self.position)
 
 
 class SSMCore(nnx.Module):
@@ -56,9 +111,9 @@ class SSMCore(nnx.Module):
         self,
         projected: dict[str, jax.Array],
         segment_ids: jax.Array | None,
-        state: SSMState | None,
+        state: SSMState | BlockState | None,
         axis: str | None = None,
-    ) -> tuple[jax.Array, SSMState]:
+    ) -> tuple[jax.Array, SSMState | BlockState]:
         """The heads' outputs (B, T, channels), and the state after the tokens.
 
         Args:
@@ -90,6 +145,14 @@ class SSMCore(nnx.Module):
         v = self.second_norm(second)
 
         ssm, basis = self.config.ssm, self.basis()
+        q = self._features(convolve("query"), positions, True) if self.kind.query_readout else None
+        if isinstance(state, BlockState):
+            block = blockwise.add(state.block, jnp.concatenate([k, v], axis=-1)[:, 0])
+            if q is not None:
+                o = blockwise.interdomain(q[:, 0], basis, state.states, state.layer, block, readout=ssm.readout)
+            else:
+                o = blockwise.linear(basis, self.c_out[...], state.states, state.layer, block)
+            return o.astype(k.dtype).reshape(B, T, -1), BlockState(state.states, tails, end, block, state.layer)
         ssm_state = None if state is None else state.state
         if axis is not None:
             decay, own = ops.transfer((k, v), basis, segment_ids=segment_ids, chunk_size=self.compute.chunk_size)
@@ -101,8 +164,7 @@ class SSMCore(nnx.Module):
             ssm_state = ssm_state if same is None else jnp.where(same, ssm_state, 0)
         options: dict[str, Any] = dict(segment_ids=segment_ids, return_state=True)
         options |= dict(backend=self.compute.backend, chunk_size=self.compute.chunk_size)
-        if self.kind.query_readout:
-            q = self._features(convolve("query"), positions, True)
+        if q is not None:
             if one_token:
                 o, ssm_state = ops.step(q[:, 0], k[:, 0], v[:, 0], basis, ssm_state, readout=ssm.readout)
             else:
@@ -194,7 +256,10 @@ class SSMMixer(nnx.Module):
             return nnx.merge(graphdef, params)(projected, segment_ids, state, axis)
 
         tokens, heads = spec("B", "T"), spec("B", "T", "H")
-        states = SSMState(spec("B", "G"), {name: spec("B", None, "G") for name in self.core.conv_names}, spec("B"))
+        states = self.state_specs()
+        if isinstance(state, BlockState):
+            block = blockwise.Block(spec("B", None, "G"), spec(None, "G"), spec(None, "G"), spec())
+            states = BlockState(spec("L", "B", "G"), *states[1:], block, spec())
         in_specs = (param_specs(params), dict.fromkeys(projected, heads))
         in_specs += (None if segment_ids is None else tokens, None if state is None else states)
         o, state = on_shards(core, in_specs, (heads, states))(params, projected, segment_ids, state)
@@ -202,18 +267,35 @@ class SSMMixer(nnx.Module):
             o = jax.nn.silu(self.gate(x)) * o
         return self.output(o), state
 
-    def init_state(self, batch_size: int, max_tokens: int, dtype: jnp.dtype) -> SSMState:
-        """The state before the first token, for `batch_size` rows computed in `dtype`; `max_tokens` does not matter."""
+    def init_state(
+        self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
+    ) -> SSMState:
+        """The state before the first token, for `batch_size` rows computed in `dtype`; `max_tokens` does not matter.
+
+        `state_dtype` is what the state itself is kept in between calls, None for float32 or better.
+        """
         G, R, M = self.config.num_kv_heads, self.config.head_dim, self.config.ssm.num_modes
         before, widths = self.config.ssm.conv_width - 1, self._widths()
         tails = {name: jnp.zeros((batch_size, before, widths[name]), dtype) for name in self.core.conv_names}
-        state = jnp.zeros((batch_size, G, 2, M, 2 * R), jnp.promote_types(dtype, jnp.float32))
+        state = jnp.zeros((batch_size, G, 2, M, 2 * R), state_dtype or jnp.promote_types(dtype, jnp.float32))
         return SSMState(state, tails, jnp.zeros(batch_size, jnp.int32))
 
+    def state_specs(self, *lead: str) -> SSMState:
+        """How a state is split, behind the axes `lead` of a stack."""
+        tails = {name: spec(*lead, "B", None, "G") for name in self.core.conv_names}
+        return SSMState(spec(*lead, "B", "G"), tails, spec(*lead, "B"))
+
+    def open_block(self, stack: SSMState, size: int, dtype: jnp.dtype) -> BlockState:
+        """The states of a stack of layers, as this is one, as of a block of up to `size` tokens in `dtype`."""
+        _, B, *_, width = stack.state.shape
+        graphdef, params = nnx.split(self.core.basis)
+        blocks = jax.vmap(lambda x: blockwise.open_block(nnx.merge(graphdef, x)(), B, size, width, dtype))(params)
+        return BlockState(*stack, blocks)
+
     def _widths(self) -> dict[str, int]:
-        """The channels of every projection that the core reads."""
+        """The channels of every projection that the core reads, also where layers are stacked."""
         names = ("first", "second", "query") if hasattr(self, "query") else ("first", "second")
-        return {name: getattr(self, name).weight.shape[1] for name in names}
+        return {name: getattr(self, name).weight.shape[-1] for name in names}
 
 
 class InterdomainAttention(SSMMixer):

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from idattn.config import Config, from_config_dict
+from idattn.inference.files import WEIGHTS, load_weights
 from idattn.train.storage import in_bucket, run_folder, write_whole
 
 MANIFEST = "manifest.json"
@@ -190,7 +191,7 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
     """Load the parameters of a checkpoint onto the default device, without the optimiser state.
 
     Args:
-      checkpoint: folder of a run, or of one checkpoint (`workdir/checkpoints/<step>`).
+      checkpoint: folder of a run, of one checkpoint (`workdir/checkpoints/<step>`), or of exported weights.
       which: "latest", "best" (lowest validation loss) or a step; ignored for the folder of one checkpoint.
 
     Returns:
@@ -203,6 +204,8 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
     path = _absolute(checkpoint)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the folder of a run or of one of its checkpoints.")
+    if (path / WEIGHTS).exists():
+        return load_weights(path)
     folder = path if (path / MANIFEST).exists() else _choose(path, which)
     if damage := _damage(folder):
         raise ValueError(f"The checkpoint is damaged: {damage}. Choose another step.")

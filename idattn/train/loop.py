@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -21,7 +19,7 @@ from idattn.costs import count_parameters, training_flops_per_token
 from idattn.data import eval_batches, load_data, train_iterator
 from idattn.evals.ngram import ngram_nats
 from idattn.evals.perplexity import mean_loss
-from idattn.inference import generate
+from idattn.inference import Decoder, generate_text
 from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
@@ -252,13 +250,12 @@ class _Run:
 
     def _sample(self, state: State) -> str:
         settings = self.config.train
-        prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(settings.sample_prompt)])
         params = jax.device_put(state["params"], jax.local_devices()[0])
-        model = nnx.merge(self.trainer.graphdef, params)
-        tokens = generate(
-            model, jnp.asarray(prompt, jnp.int32)[None], settings.sample_tokens, seed=self.config.seed, temperature=0.8
-        )
-        return self.tokenizer.decode(np.asarray(tokens[0]))
+        decoder = Decoder(nnx.merge(self.trainer.graphdef, params))
+        options = dict(seed=self.config.seed, temperature=0.8)
+        return generate_text(decoder, self.tokenizer, [settings.sample_prompt], settings.sample_tokens, **options)[
+            0
+        ].text
 
 
 class StopRequest:

@@ -1,0 +1,183 @@
+"""Text in, text out: prompts are encoded, what is written is shown as it comes and ends at stop strings."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from idattn.data.tokenizer import Tokenizer
+from idattn.inference.decoder import Context, Decoder
+from idattn.ops.segments import PADDING
+
+
+class Completion(NamedTuple):
+    """What was written behind one prompt."""
+
+    text: str  # without the stop string
+    tokens: np.ndarray  # (n,) int32, with the tokens of the stop string, or the stop token
+    finish: str  # "stop" or "length"
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    num_tokens: int,
+    *,
+    context: Context | None = None,
+    stop_tokens: Sequence[int] = (),
+    on_block: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    **sampling: Any,
+) -> list[np.ndarray]:
+    """Continue prompts of tokens, all in one batch.
+
+    Args:
+      decoder: the model.
+      prompts: of each row, (T,) integers of any length; at least one token if there is no context.
+      num_tokens: to write at most, at least 1.
+      context: what every prompt follows, of one row or of a row for each prompt; it is kept. Then prompts may be empty.
+      stop_tokens: a row ends behind the first of these that it writes.
+      on_block: called with every block of tokens (B, n), -1 behind a row's end; it may return rows (B,) bool to end.
+      **sampling: settings of `idattn.inference.sampling.make_sampling`.
+
+    Returns:
+      The tokens that each row has written, int32.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"{num_tokens=} must be at least 1.")
+    rows, longest = len(prompts), max(map(len, prompts), default=0)
+    settings = decoder.sampling(rows, **sampling)  # before anything takes long
+    if context is not None:
+        context = decoder.fork(context, [0] * rows if context.length.shape[0] == 1 else range(rows))
+    if context is None or longest:
+        tokens, lengths = right_pad(prompts)
+        context = decoder.prefill(tokens, lengths, context, max_tokens=longest + num_tokens)
+    active, blocks, left = np.ones(rows, bool), [], num_tokens
+    while left and active.any():
+        count = min(left, decoder.block_size)
+        block, context, active = decoder.decode(
+            context, settings, num_tokens=count, active=active, stop_tokens=stop_tokens
+        )
+        blocks.append(block)
+        left -= count
+        ended = on_block(block) if on_block else None
+        active = active if ended is None else active & ~ended
+    written = np.concatenate(blocks, axis=1)
+    return [row[row != PADDING] for row in written]
+
+
+def right_pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as (B, T) int32, padded at the right, and their lengths (B,)."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    return tokens, lengths
+
+
+def generate_text(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    *,
+    context: Context | None = None,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """Continue texts, each from the start of a document or from a context.
+
+    Args:
+      decoder, num_tokens, context: as in `generate`.
+      tokenizer: of the model.
+      prompts: one text for each row; an empty one starts a document.
+      stop: a row ends before the first of these texts that it writes, however it is divided into tokens.
+      on_text: called with a row and what came to its text.
+      **options: `stop_tokens`, and settings of `idattn.inference.sampling.make_sampling`.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    if any(not text for text in stop):
+        raise ValueError(f"stop={list(stop)} must not hold an empty text, which every text ends with.")
+    begin = [] if context is not None else [tokenizer.bos_id]
+    encoded = [np.concatenate([begin, tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
+    streams = [TextStream(tokenizer, stop, before) for before in encoded]
+
+    def on_block(block: np.ndarray) -> np.ndarray:
+        for row, (stream, tokens) in enumerate(zip(streams, block, strict=True)):
+            if (text := stream.add(tokens[tokens != PADDING])) and on_text:
+                on_text(row, text)
+        return np.array([stream.stopped for stream in streams])
+
+    written = generate(decoder, encoded, num_tokens, context=context, on_block=on_block, **options)
+    completions = []
+    for row, (stream, tokens) in enumerate(zip(streams, written, strict=True)):
+        if (text := stream.end()) and on_text:
+            on_text(row, text)
+        ended = stream.stopped or (tokens.size and tokens[-1] in options.get("stop_tokens", ()))
+        completions.append(Completion(stream.text, tokens[: stream.used], "stop" if ended else "length"))
+    return completions
+
+
+class TextStream:
+    """The text of a row as its tokens come: whole characters, nothing that may yet turn out to be a stop string.
+
+    Args:
+      tokenizer: decodes.
+      stop: strings to stop at.
+      before: tokens that come before, by which some tokenizers decode the first one.
+
+    Attributes:
+      text: what was released.
+      stopped: whether a stop string was found; then nothing more is.
+      used: tokens up to there, all if none was found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] | np.ndarray = ()):
+        self.text, self.stopped, self.used = "", False, 0
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens = [int(token) for token in before[-8:]]  # of the last two pieces of text
+        self._known = len(self._tokens)  # of them, those of the first piece
+        self._held = ""  # may begin a stop string
+
+    def add(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """What these tokens release."""
+        released = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            self._tokens.append(int(token))
+            self.used += 1
+            before = self._tokenizer.decode(self._tokens[: self._known])
+            piece = self._tokenizer.decode(self._tokens)[len(before) :]
+            if piece and not piece.endswith("\ufffd"):  # an incomplete character
+                self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
+                released += self._release(piece)
+        return released
+
+    def end(self) -> str:
+        """What was held back, when no token follows."""
+        if self.stopped:
+            return ""
+        before = self._tokenizer.decode(self._tokens[: self._known])
+        rest = self._release(self._tokenizer.decode(self._tokens)[len(before) :])
+        held, self._held = self._held, ""
+        self.text += held
+        return rest + held
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
+        if found >= 0:
+            self.stopped, self._held = True, ""
+            text = text[:found]
+        else:
+            longest = min(max(map(len, self._stop), default=1) - 1, len(text))
+            held = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+            text, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += text
+        return text

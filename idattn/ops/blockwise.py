@@ -1,0 +1,122 @@
+"""Decoding in blocks of K tokens that start from one state, which is only written at their end.
+
+With X^0 the state before the block, s, t counted
+inside the block from 0 and y, w as in `idattn.ops.discretize`,
+
+    y_t = lambda^{t+1} (X_k^0 q_t) + sum_{s<=t} (q_t . k_s) beta lambda^{t-s}
+    o_t = Re (w_t lambda^{t+1})^T X_v^0 + sum_{s<=t} Re(w_t^T beta lambda^{t-s}) v_s
+
+so that a token moves the state once rather than twice, and the K tokens of the block, which are small beside it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from idattn.ops.chunkwise import fold
+from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, powers
+
+
+class Block(NamedTuple):
+    """The tokens of a block so far, and what its basis makes of lags; float32 but for the tokens."""
+
+    tokens: jax.Array  # (B, K, G, W), [k, v] as they came; zeros where none has come yet
+    decays: jax.Array  # (K + 1, G, 2, M), lambda^l
+    inputs: jax.Array  # (2K, G, 2, M), beta lambda^l for l = K - 1 ... 0, then zeros for tokens that have not come
+    count: jax.Array  # () int32, tokens so far
+
+
+def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.dtype) -> Block:
+    """A block without tokens, with room for K = `size` of `width` numbers a head."""
+    lam, beta = discretize(basis)
+    decays = powers(lam, size)
+    inputs = multiply(beta, decays[size - 1 :: -1])
+    tokens = jnp.zeros((batch_size, size, lam.shape[0], width), dtype)
+    return Block(tokens, decays, jnp.concatenate([inputs, jnp.zeros_like(inputs)]), jnp.int32(0))
+
+
+def add(block: Block, z: jax.Array) -> Block:
+    """The block with one token more, z (B, G, W)."""
+    tokens = jax.lax.dynamic_update_slice_in_dim(block.tokens, z[:, None].astype(block.tokens.dtype), block.count, 1)
+    return block._replace(tokens=tokens, count=block.count + 1)
+
+
+def interdomain(
+    q: jax.Array, basis: Basis, states: jax.Array, layer: jax.Array, block: Block, *, readout: str
+) -> jax.Array:
+    """The outputs (B, H, E) of the block's newest token.
+
+    Args:
+      q: (B, H, R) features of its queries.
+      basis: parameters of the G states.
+      states: (layers, B, G, 2, M, R + E) before the block, of a stack of layers: sliced here, so that it is not copied.
+      layer: () int32, which of them.
+      block: with the token.
+      readout: as in `idattn.ops.interdomain_attention`.
+    """
+    B, H, R = q.shape
+    G = states.shape[2]
+    wide = block.decays.dtype
+    q = q.reshape(B, G, H // G, R).astype(wide)
+    k, v = (x.astype(wide) for x in jnp.split(block.tokens, [R], axis=-1))
+    scores = jnp.einsum("bgjr,bsgr->bgjs", q, k, precision="highest")
+    y = jnp.einsum("bgjr,bgpmr->bgjpm", q, _part(states, layer, 0, R).astype(wide), precision="highest")
+    y = multiply(_decay(block)[:, None], y)
+    y += jnp.einsum("bgjs,sgpm->bgjpm", scores, _lags(block), precision="highest")
+    to_u, to_w = output_matrices(basis, readout)
+    w = jnp.einsum(
+        "gom,gmn,bgjn->bgjo", to_w, to_u, y.reshape(*y.shape[:3], -1), precision="highest", optimize=[(1, 2), (0, 1)]
+    )
+    o = _read(w.reshape(y.shape), block, _part(states, layer, R, v.shape[-1]), v)
+    return o.reshape(B, H, -1)
+
+
+def linear(basis: Basis, c_out: jax.Array, states: jax.Array, layer: jax.Array, block: Block) -> jax.Array:
+    """The outputs (B, H, W) of the block's newest token by the linear readout; arguments as above."""
+    B, _, G, W = block.tokens.shape
+    row = fold(basis, c_out.astype(block.decays.dtype)).reshape(G, 1, 2, -1)
+    w = row * jnp.asarray([1, -1], row.dtype)[:, None]  # Re(w^T X) is the product of planes with (re, -im)
+    return _read(jnp.broadcast_to(w, (B, *w.shape)), block, _part(states, layer, 0, W), block.tokens.astype(row.dtype))[
+        :, :, 0
+    ]
+
+
+def close_block(state: jax.Array, block: Block) -> jax.Array:
+    """The state after the block, in its dtype."""
+    B, G, _, M, W = state.shape
+    re, im = (x[..., None] * jnp.eye(M, dtype=x.dtype) for x in jnp.moveaxis(_decay(block), 1, 0))
+    # The decays as matrices of flattened planes: XLA adds two products in one pass over the state, which complex
+    # arithmetic on its planes takes several for.
+    turn = jnp.block([[re, -im], [im, re]])
+    kept = jnp.einsum("gom,bgmw->bgow", turn, state.reshape(B, G, 2 * M, W).astype(turn.dtype), precision="highest")
+    own = jnp.einsum(
+        "bsgw,sgm->bgmw", block.tokens.astype(turn.dtype), _lags(block).reshape(-1, G, 2 * M), precision="highest"
+    )
+    return (kept + own).reshape(state.shape).astype(state.dtype)
+
+
+def _part(states: jax.Array, layer: jax.Array, start: int, width: int) -> jax.Array:
+    """(B, G, 2, M, width) of a layer of the stack."""
+    sizes = (1, *states.shape[1:-1], width)
+    return jax.lax.dynamic_slice(states, (layer, 0, 0, 0, 0, start), sizes)[0]
+
+
+def _decay(block: Block) -> jax.Array:
+    """lambda^{t+1}, (G, 2, M)."""
+    return jax.lax.dynamic_index_in_dim(block.decays, block.count, keepdims=False)
+
+
+def _lags(block: Block) -> jax.Array:
+    """beta lambda^{t-s} for all tokens s of the block, (K, G, 2, M); 0 for those after t."""
+    K = block.tokens.shape[1]
+    return jax.lax.dynamic_slice_in_dim(block.inputs, K - block.count, K)
+
+
+def _read(w: jax.Array, block: Block, state: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the part `state` (B, G, 2, M, E) of X^0 and its tokens."""
+    sign = jnp.asarray([1, -1], w.dtype)[:, None]
+    decayed = multiply(w, _decay(block)[:, None]) * sign
+    p = jnp.einsum("bgjpm,sgpm->bgjs", w * sign, _lags(block), precision="highest")
+    o = jnp.einsum("bgjs,bsge->bgje", p, tokens, precision="highest")
+    return o + jnp.einsum("bgjpm,bgpme->bgje", decayed, state.astype(w.dtype), precision="highest")
