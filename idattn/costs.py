@@ -13,6 +13,7 @@ from flax import nnx
 
 from idattn.config import MIXERS, ComputeConfig, Config, ModelConfig
 from idattn.nn import LanguageModel
+from idattn.nn.layers import MatrixParam
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -38,6 +39,30 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     repeats = config.num_layers // len(config.mixers)
     layers = sum(_mixer_flops(config, mixer, context) for mixer in config.mixers) * repeats
     return layers + config.num_layers * 6 * D * F + 2 * D * config.vocab_size
+
+
+def decode_bytes(config: ModelConfig, batch_size: int, context: int, *, dtype: str, state_dtype: str) -> int:
+    """Bytes that one token of every row must move: weights once, states read and written, keys and values read.
+
+    Args:
+      config: the model; its input embedding, of which a row is read, does not count.
+      batch_size: rows.
+      context: tokens before.
+      dtype: of the matrices, keys and values; other parameters are float32.
+      state_dtype: of the SSM states.
+    """
+    model = nnx.eval_shape(lambda: LanguageModel(config, ComputeConfig(dtype=dtype), rngs=nnx.Rngs(0)))
+    width, state_width = (jax.numpy.dtype(name).itemsize for name in (dtype, state_dtype))
+    params = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    weights = sum(math.prod(x.shape) * (width if isinstance(x, MatrixParam) else 4) for x in params)
+    weights -= config.vocab_size * config.model_dim * width
+    states = sum(
+        state_size(config, name, context + 1) * width
+        if MIXERS[name].softmax
+        else 2 * state_size(config, name, 0) * state_width
+        for name in config.mixers
+    )
+    return weights + batch_size * states * (config.num_layers // len(config.mixers))
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> int:

@@ -71,6 +71,26 @@ def moved_bytes(module: Module, computation: str) -> int:
     return sum(_moved(module, computation, x) for x in module[computation].values())
 
 
+def decode_traffic(text: str, block_size: int) -> tuple[float, float]:
+    """Bytes that a token moves in the compiled program of `Decoder.decode`, and its share of what a block moves once.
+
+    Args:
+      text: of the program's HLO.
+      block_size: tokens of a block.
+
+    Raises:
+      ValueError: the program is not one loop over tokens around loops over layers.
+    """
+    module = parse(text)
+    over_tokens = [loop for loop in loops(module, "ENTRY") if any(loops(module, body(loop)))]
+    if len(over_tokens) != 1:
+        raise ValueError(
+            f"{len(over_tokens)} loops of the program hold loops; the one over tokens must be the only one."
+        )
+    once = sum(_moved(module, "ENTRY", x) for x in module["ENTRY"].values() if x.name != over_tokens[0].name)
+    return moved_bytes(module, body(over_tokens[0])), once / block_size
+
+
 def _moved(module: Module, computation: str, x: Instruction) -> int:
     defined = module[computation]
     shapes = [defined[name].shape for name in x.operands if name in defined]

@@ -1,6 +1,9 @@
 """What the tests share: the one tolerance table, and seeded random cases that are hard but fair."""
 
+import contextlib
+
 import numpy as np
+from absl import flags
 
 # Largest error of one rounding relative to max|expected|; a sum of n terms may err sqrt(n) times as much, and a
 # gradient 4 times that.
@@ -127,3 +130,24 @@ def with_nan_padding(case: dict[str, np.ndarray], segment_ids: np.ndarray) -> di
     """The case with NaN in the tokens that are padding."""
     padding = (segment_ids == PADDING)[:, :, None, None]
     return {name: np.where(padding, np.nan, x) if name in ("q", "k", "v", "z") else x for name, x in case.items()}
+
+
+@contextlib.contextmanager
+def defined_flags(module):
+    """The flags of an entry point, which another one that runs in this process may define too."""
+    before = set(flags.FLAGS)
+    module.define_flags()
+    try:
+        yield
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+
+def run_main(module, *arguments):
+    """Run an entry point whose flags are defined with the arguments of a command line."""
+    flags.FLAGS([module.__name__, *arguments])
+    try:
+        module.main(None)
+    finally:
+        flags.FLAGS.unparse_flags()

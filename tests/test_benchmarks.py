@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
+from helpers import defined_flags, run_main
 from jax.experimental import pallas as pl
 
 from idattn.ops import api, chunkwise
@@ -47,16 +47,13 @@ def test_a_missing_compiler_is_said_with_the_extra_to_install(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def bench_flags():
-    bench_ops.define_flags()
+    with defined_flags(bench_ops):
+        yield
 
 
 def run_bench(tmp_path, *arguments):
     file = tmp_path / "table.json"
-    flags.FLAGS(["bench_ops", "--seq_len=32", "--repeats=1", f"--json={file}", *arguments])
-    try:
-        bench_ops.main(None)
-    finally:
-        flags.FLAGS.unparse_flags()
+    run_main(bench_ops, "--seq_len=32", "--repeats=1", f"--json={file}", *arguments)
     return json.loads(file.read_text())
 
 

@@ -88,32 +88,18 @@ def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
     assert len(list((tmp_path / "new" / "profile").rglob("*.xplane.pb"))) == 1
 
 
-def generated(start, workdir, *arguments):
-    done = start("generate", f"--checkpoint={workdir}", "--num_tokens=12", *arguments)
-    assert done.returncode == 0, done.stderr
-    head, text = done.stdout.split("\n\n", 1)
-    assert head == f"{workdir}, step 3"
-    return text
-
-
-def test_generate(start, trained):
+def test_generate_and_export(start, trained, tmp_path):
+    """What `tests/test_generate.py` starts in its own process; here from a run's checkpoint, and from its export."""
     _, workdir = trained
-    first = generated(start, workdir, "--prompt=ab says", "--seed=5")
-    assert first.startswith("ab says")
-    assert len(first) > len("ab says\n")
-    assert generated(start, workdir, "--prompt=ab says", "--seed=5") == first
-    assert generated(start, workdir, "--prompt=ab says", "--seed=6") != first
-    two = generated(start, workdir, "--num_samples=2", "--top_k=20")  # an empty prompt starts a document
-    assert len(two.strip("\n")) > 2
-
-
-def test_generate_greedy(start, trained):
-    _, workdir = trained
-    checkpoint = workdir / "checkpoints" / "3"
-    greedy = [generated(start, workdir, "--prompt=s", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
-    assert greedy[0] == greedy[1]
-    done = start("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=s", "--temperature=0")
-    assert done.stdout == f"{checkpoint}, step 3\n\n{greedy[0]}"
+    assert start("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
+    texts = []
+    for checkpoint in (workdir / "checkpoints" / "3", tmp_path):
+        done = start("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=ab says", "--seed=5")
+        assert done.returncode == 0, done.stderr
+        head, text = done.stdout.split("\n\n", 1)
+        assert head == f"{checkpoint}, step 3" and text.startswith("ab says") and len(text) > len("ab says\n")
+        texts.append(text)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,10 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
-        if found >= 0:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:  # the one that was complete first, however the text was divided
             self.stopped, self._held = True, ""
-            text = text[:found]
+            text = text[: min(found)[1]]
         else:
             longest = min(max(map(len, self._stop), default=1) - 1, len(text))
             held = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)

@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.dtype) -> Block:
     """A block without tokens, with room for K = `size` of `width` numbers a head."""
-    lam, beta = discretize(basis)
+    lam, beta = discretize(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), basis))
     decays = powers(lam, size)
     inputs = multiply(beta, decays[size - 1 :: -1])
     tokens = jnp.zeros((batch_size, size, lam.shape[0], width), dtype)

@@ -1,0 +1,200 @@
+"""Reading and writing in pieces is one pass over the whole, for every mixer, ragged batch and way to cut it."""
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+from helpers import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import HYBRID, MIXERS, V, make_model, next_log_probs
+
+from idattn.inference import Decoder, right_pad
+
+T, D = 21, 16
+LENGTHS = (21, 6, 13)
+TOKENS = np.random.default_rng(0).integers(0, V, (3, T)).astype(np.int32)
+RAGGED = [row[:n] for row, n in zip(TOKENS, LENGTHS, strict=True)]
+N = 9  # tokens to write: more than a block of 4
+
+
+def make_decoder(mixers, **options):
+    return Decoder(make_model(*mixers), **({"chunk_size": 8, "block_size": 4} | options))
+
+
+# Two hybrids hold the five mixers, and compile in half the time.
+PATTERNS = [HYBRID, ("single_query", "dual_linear"), *(pytest.param(m, marks=pytest.mark.slow) for m in MIXERS)]
+
+
+@pytest.fixture(scope="module", params=PATTERNS, ids="+".join)
+def both(request):
+    """A model, and its decoder."""
+    model = make_model(*request.param)
+    return model, Decoder(model, chunk_size=8, block_size=4)
+
+
+def write(decoder, context, num_tokens, **sampling):
+    """Tokens (B, num_tokens) in blocks, and the context behind them."""
+    parts, settings = [], decoder.sampling(context.length.shape[0], **({"temperature": 0} | sampling))
+    for start in range(0, num_tokens, decoder.block_size):
+        count = min(decoder.block_size, num_tokens - start)
+        tokens, context, active = decoder.decode(context, settings, num_tokens=count)
+        assert active.all() and tokens.shape == (len(tokens), count)
+        parts.append(tokens)
+    return np.concatenate(parts, axis=1), context
+
+
+def logits(decoder, context):
+    return np.asarray(decoder._logits(decoder.params, context.hidden[:, None]))[:, 0]
+
+
+def test_pieces_are_the_whole(both):
+    """Chunks of a ragged batch, then tokens one by one, from a fork and from its original: all as one pass."""
+    model, decoder = both
+    log_probs, is_best, context = decoder.score(*right_pad(RAGGED))
+    kept = decoder.fork(context, [0, 1, 2])
+    written, context = write(decoder, context, N)
+    for b, n in enumerate(LENGTHS):
+        whole = next_log_probs(model, np.concatenate([RAGGED[b], written[b]]))
+        assert_close(log_probs[b, 1:n], whole[np.arange(n - 1), RAGGED[b][1:]], "float32", reduction=T * D)
+        np.testing.assert_array_equal(is_best[b, 1:n], whole[: n - 1].argmax(axis=-1) == RAGGED[b][1:])
+        best = np.sort(whole[n - 1 : -1], axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4  # so that rounding cannot decide
+        np.testing.assert_array_equal(written[b], whole[n - 1 : -1].argmax(axis=-1))
+        after = jax.nn.log_softmax(logits(decoder, context)[b])
+        assert_close(after, whole[-1], "float32", reduction=(T + N) * D)
+        assert not log_probs[b, n:].any() and log_probs[b, 0] == 0 and not is_best[b, n:].any()
+    np.testing.assert_array_equal(context.length, np.array(LENGTHS) + N)
+    assert len({tuple(row) for row in written.tolist()}) == 3  # a negative control: the rows differ
+    again, _ = write(decoder, decoder.fork(kept, [2, 0, 0]), N)
+    np.testing.assert_array_equal(again, written[[2, 0, 0]])
+    other, _ = write(decoder, decoder.prefill((TOKENS + 1) % V, LENGTHS), N)
+    assert (other != written).any(axis=1).all()
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    model = make_model(*HYBRID)
+    decoder = Decoder(model, chunk_size=8, block_size=4)
+    whole = decoder.prefill(*right_pad(RAGGED), max_tokens=32)
+    return decoder, logits(decoder, whole)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cuts=st.tuples(*(st.sets(st.integers(1, n - 1)) for n in LENGTHS)))
+def test_any_cuts_give_the_same(hybrid, cuts):
+    """Rows that come in pieces, each cut where it likes and done when it likes, end as the whole does."""
+    decoder, expected = hybrid
+    pieces = [np.split(row, sorted(at)) for row, at in zip(RAGGED, cuts, strict=True)]
+    context = decoder.start(3, 32)
+    for i in range(max(map(len, pieces))):
+        tokens, lengths = right_pad([row[i] if i < len(row) else row[0][:0] for row in pieces])
+        context = decoder.prefill(tokens, lengths, context)
+    np.testing.assert_array_equal(context.length, LENGTHS)
+    assert_close(logits(decoder, context), expected, "float32", reduction=T * D)
+
+
+def test_one_program_serves_every_length():
+    decoder = make_decoder(("s4d",))
+    for length in (9, 21, 40):
+        write(decoder, decoder.prefill(np.zeros((2, length), int)), 3, temperature=length, seed=length)
+    assert (decoder._read._cache_size(), decoder._decode._cache_size(), decoder._start._cache_size()) == (1, 1, 1)
+    write(decoder, decoder.prefill(np.zeros((1, 9), int)), 3)
+    assert (decoder._read._cache_size(), decoder._decode._cache_size()) == (2, 2)  # another batch is another program
+
+
+def prefill(chunk_size, max_tokens):
+    return make_decoder(("interdomain",), chunk_size=chunk_size).lower(1, max_tokens)["prefill"]
+
+
+def test_memory_of_a_prompt_does_not_depend_on_its_length():
+    short, long = prefill(64, 64), prefill(64, 2**20)
+    assert short.as_text() == long.as_text()
+    parts, whole = (x.compile().memory_analysis().temp_size_in_bytes for x in (short, prefill(512, 512)))
+    assert 3 * parts < whole
+
+
+def test_caches_grow_and_stay_what_they_are():
+    """A cache that is too small gets more room; what it holds of other rows or of no row at all is never seen."""
+    decoder = make_decoder(("softmax",))
+    roomy, tight = (decoder.prefill(*right_pad(RAGGED), max_tokens=n) for n in (64, 0))
+    assert (roomy.layers[0].k.shape[3], tight.layers[0].k.shape[3]) == (64, T)
+    stale = [x._replace(k=x.k.at[..., T:, :].set(9e3), v=x.v.at[..., T:, :].set(9e3)) for x in roomy.layers]
+    written, context = write(decoder, roomy._replace(layers=stale), N)
+    np.testing.assert_array_equal(write(decoder, tight, N)[0], written)
+
+
+def test_bfloat16_states_take_half_and_change_little():
+    exact, rounded = (make_decoder(("interdomain",), state_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    results = [decoder.score(TOKENS) for decoder in (exact, rounded)]
+    assert [c.layers[0].state.dtype for *_, c in results] == ["float32", "bfloat16"]
+    error = np.sqrt(np.mean((results[0][0] - results[1][0]) ** 2) / np.mean(results[0][0] ** 2))
+    assert 1e-5 < error < 0.02
+    assert write(rounded, results[1][2], 2)[1].layers[0].state.dtype == "bfloat16"
+
+
+def test_weights_are_cast_once():
+    model = make_model("interdomain")
+    model.compute = type(model.compute)(dtype="bfloat16")
+    params = Decoder(model).params
+    assert params["groups"]["block_0"]["mlp"]["up"]["weight"].dtype == params["embedding"].dtype == "bfloat16"
+    assert params["groups"]["block_0"]["mixer"]["core"]["basis"]["c"].dtype == "float32"
+
+
+def test_stop_tokens_end_a_row_alone():
+    decoder = make_decoder(("s4d",), block_size=8)
+    free, _ = write(decoder, decoder.prefill(*right_pad(RAGGED)), 8)
+    stop = int(free[0, 2])
+    first = [list(row).index(stop) + 1 if stop in row else 8 for row in free]
+    tokens, _, active = decoder.decode(
+        decoder.prefill(*right_pad(RAGGED)), decoder.sampling(3, temperature=0), stop_tokens=[stop]
+    )
+    for row, (ours, theirs, n) in enumerate(zip(tokens, free, first, strict=True)):
+        np.testing.assert_array_equal(ours, np.where(np.arange(8) < n, theirs, -1), f"row {row}")
+    np.testing.assert_array_equal(active, [stop not in row for row in free])
+    tokens, _, _ = decoder.decode(
+        decoder.prefill(*right_pad(RAGGED)), decoder.sampling(3), active=np.array([False, True, False])
+    )
+    assert (tokens[[0, 2]] == -1).all() and (tokens[1] >= 0).all()
+
+
+def test_warns_beyond_the_trained_length(caplog):
+    logging.get_absl_logger().propagate = True
+    decoder = make_decoder(("softmax",), trained_length=16)
+    decoder.prefill(TOKENS[:1, :16])
+    assert not caplog.records
+    decoder.prefill(TOKENS[:1])
+    assert "21 tokens exceed the 16 that softmax" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        (TOKENS[0], None, r"tokens of shape \(21,\) .* axes B T"),
+        (TOKENS[:, :0], None, r"tokens of shape \(3, 0\) .* a prompt cannot be empty"),
+        (TOKENS * 1.0, None, "dtype float64 must be integers"),
+        (TOKENS, [0, 1, 2], r"lengths=\[0, 1, 2\] must be 3 numbers from 1 to 21"),
+        (TOKENS, [1, 22, 2], r"lengths=\[1, 22, 2\]"),
+        (TOKENS, [1], r"lengths=\[1\] must be 3 numbers"),
+        (TOKENS * 0 + V, None, rf"tokens from {V} to {V} must lie in \[0, vocab_size={V}\)"),
+        (TOKENS * 0 - 1, None, r"tokens from -1 to -1"),
+    ],
+)
+def test_bad_prompts(hybrid, tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        hybrid[0].prefill(tokens, lengths)
+
+
+def test_other_errors(hybrid):
+    decoder, _ = hybrid
+    context = decoder.start(2)
+    with pytest.raises(ValueError, match="tokens of 3 rows cannot follow a context of 2"):
+        decoder.prefill(TOKENS, context=context)
+    with pytest.raises(ValueError, match=r"rows=\[0, 2\] must be one or more numbers of the 2 rows"):
+        decoder.fork(context, [0, 2])
+    with pytest.raises(ValueError, match=r"num_tokens=5 must lie in \[1, block_size=4\]"):
+        decoder.decode(context, decoder.sampling(2), num_tokens=5)
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        make_decoder(("softmax",), chunk_size=0)
+    with pytest.raises(ValueError, match="state_dtype='float16'"):
+        make_decoder(("softmax",), state_dtype="float16")

@@ -1,0 +1,71 @@
+"""Weights and contexts on disk: what was saved comes back, and what does not belong together is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from models import V, make_model
+
+from idattn.config import ComputeConfig, quickstart
+from idattn.inference import Decoder, load_context, load_weights, save_context, save_weights
+from idattn.nn import LanguageModel
+from idattn.train.checkpoint import load_params
+
+PATTERN = ("interdomain", "softmax")
+TOKENS = np.random.default_rng(0).integers(0, V, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(make_model(*PATTERN), chunk_size=16, block_size=4)
+
+
+def test_a_context_goes_on_where_it_was_saved(decoder, tmp_path):
+    context = decoder.prefill(TOKENS, [9, 4], max_tokens=50)
+    save_context(tmp_path / "short", context, decoder)
+    restored = load_context(tmp_path / "short", decoder)
+    settings = decoder.sampling(2, seed=3)
+    ours, theirs = (decoder.decode(c, settings)[0] for c in (restored, context))
+    np.testing.assert_array_equal(ours, theirs)
+    rounding = Decoder(make_model(*PATTERN), chunk_size=16, state_dtype="bfloat16")
+    assert load_context(tmp_path / "short", rounding).layers[0].state.dtype == "bfloat16"
+
+
+def test_a_file_is_as_large_for_any_prompt(tmp_path):
+    decoder = Decoder(make_model("s4d"), chunk_size=16)
+    sizes = []
+    for n in (1, 9):
+        save_context(tmp_path / str(n), decoder.prefill(TOKENS[:, :n]), decoder)
+        sizes.append((tmp_path / str(n)).stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("other", [dict(seed=4), dict(mlp_dim=20)], ids=str)
+def test_a_context_of_another_model_is_refused(decoder, tmp_path, other):
+    save_context(tmp_path / "context", decoder.prefill(TOKENS), decoder)
+    with pytest.raises(ValueError, match="another config or other weights. Read the prompt again"):
+        load_context(tmp_path / "context", Decoder(make_model(*PATTERN, **other)))
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        load_context(tmp_path / "nothing", decoder)
+
+
+def test_weights_come_back_and_must_fit_their_config(tmp_path):
+    model = make_model(*PATTERN)
+    config = dataclasses.replace(quickstart(), model=model.config)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    save_weights(tmp_path, config, params, 70)
+    for load in (load_weights, load_params):  # whatever takes a checkpoint takes an export
+        stored, loaded, step = load(tmp_path)
+        assert (stored, step) == (config, 70)
+        assert jax.tree.structure(loaded) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, ComputeConfig(), rngs=nnx.Rngs(0))))
+    assert nnx.merge(structure, loaded).hidden(TOKENS)[0].shape == (2, 9, 16)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["model"]["mlp_dim"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"groups\.block_0\.mlp\.down\.weight: \(1, 24, 16\) there, \(1, 40, 16\) in"):
+        load_weights(tmp_path)

@@ -1,0 +1,35 @@
+"""Small random models, and what they say of whole sequences."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from idattn.config import ComputeConfig, ModelConfig, SSMConfig
+from idattn.nn import LanguageModel
+
+V = 64
+HYBRID = ("interdomain", "softmax", "s4d")
+MIXERS = [("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",)]
+
+
+def make_model(*mixers, seed=3, **changes):
+    """A model whose next token depends strongly on what came before."""
+    values = dict(
+        vocab_size=V, model_dim=16, num_heads=4, mlp_dim=24, num_layers=len(mixers), init_std=1.0,
+        ssm=SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0),
+    )  # fmt: skip
+    config = ModelConfig.tiny(*mixers, **(values | changes))
+    compute = ComputeConfig(dtype="float32", chunk_size=4)
+    return nnx.jit(lambda: LanguageModel(config, compute, rngs=nnx.Rngs(seed)))()
+
+
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)[0]
+
+
+def next_log_probs(model, row, length=48):
+    """The log-probabilities (T, V) behind every token of one row, from one pass over all of it."""
+    padded = np.zeros((1, length), np.int32)  # zeros at the end, which causality hides
+    padded[0, : len(row)] = row
+    return np.asarray(jax.nn.log_softmax(forward(model, padded)[0, : len(row)], axis=-1))

@@ -1,0 +1,119 @@
+"""The benchmark of decoding: rows for all that is right, none for what is wrong; and what a TPU's program moves."""
+
+import json
+
+import pytest
+from helpers import defined_flags, run_main
+
+from idattn.costs import count_parameters, decode_bytes
+from idattn.ops import blockwise
+from launch import bench_decode, tpu_traffic
+
+TOY = ["--scale=cpu", "--warmup=0", "--repeats=1", "--steps=8", "--chunk_size=64"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_flags():
+    with defined_flags(bench_decode):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    make = bench_decode.model_config
+    small = dict(vocab_size=32, model_dim=16, num_layers=1, num_heads=2, mlp_dim=24)
+
+    def model_config(scale, mixer):
+        return bench_decode.ModelConfig(**small, mixers=(mixer,)) if scale == "cpu" else make(scale, mixer)
+
+    monkeypatch.setattr(bench_decode, "model_config", model_config)
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_row_has_its_time_and_bound(tmp_path, capsys, whole):
+    run_main(bench_decode, *TOY, "--prefix=16", "--prefix=100", f"--whole={whole}", f"--out={tmp_path}")
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [(r["mixer"], r["prefix"]) for r in rows] == [(m, n) for m in ("softmax", "interdomain") for n in (16, 100)]
+    assert all(r["seconds"] > 0 and r["bound_seconds"] > 0 for r in rows)
+    softmax, interdomain = rows[:2], rows[2:]
+    assert [a["least_bytes"] - b["least_bytes"] for a, b in (softmax[::-1], interdomain)] == [84 * 16 * 2 * 4, 0]
+    assert interdomain[0]["prefill_bytes"] == interdomain[1]["prefill_bytes"]
+    assert not whole or interdomain[1]["prefill_bytes"] < interdomain[1]["whole_bytes"]
+    table = (tmp_path / "decode.md").read_text()
+    assert table == capsys.readouterr().out and table.count("\n| cpu, 1, ") == 4
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+
+def test_nothing_is_timed_that_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(blockwise, "close_block", lambda state, block: state * 1.01)
+    with pytest.raises(SystemExit, match="cpu, interdomain: relative error .* of decoding; not timed"):
+        run_main(bench_decode, *TOY, "--mixer=interdomain", "--prefix=16")
+    assert "interdomain" not in capsys.readouterr().out
+
+
+def test_bytes_that_must_move():
+    config = bench_decode.from_config_dict(bench_decode.get_config("1.3B,interdomain")).model
+    least = [decode_bytes(config, b, 9, dtype="bfloat16", state_dtype="float32") for b in (1, 2)]
+    assert least[1] - least[0] == 2 * 4 * 24 * 524_288
+    weights = 2 * least[0] - least[1]
+    assert 0 < weights - 2 * (count_parameters(config)["total"] - 32_000 * 2048) < 0.011 * weights  # C is float32
+
+
+HLO = """
+HloModule m
+
+%cond (p: (s32[], f32[4,8,128])) -> pred[] {
+  %p = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[]{:T(512)S(6)} compare(%i, %n), direction=LT
+}
+
+%fused (a: f32[4,8,128], i: s32[]) -> f32[4,8,128] {
+  %a = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i.1 = s32[]{:T(128)} parameter(1)
+  %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%a, %i.1), dynamic_slice_sizes={1,8,128}
+  %twice = f32[1,8,128]{2,1,0:T(8,128)} add(%slice, %slice)
+  ROOT %update = f32[4,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%a, %twice, %i.1)
+}
+
+%body (p.1: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
+  %p.1 = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %i.2 = s32[]{:T(128)S(6)} get-tuple-element(%p.1), index=0
+  %a.1 = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %a.2 = f32[4,8,128]{2,1,0:T(8,128)} fusion(%a.1, %i.2), kind=kLoop, calls=%fused
+  %near = f32[8,64]{1,0:T(8,128)S(1)} broadcast(%i.2)
+  %far = f32[8,64]{1,0:T(8,128)} copy(%near)
+  ROOT %t = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) tuple(%i.2, %a.2)
+}
+
+ENTRY %main (x: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
+  %x = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  ROOT %loop = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) while(%x), condition=%cond, body=%body
+}
+"""
+
+
+def test_traffic_of_a_program():
+    """A slice read and written in place, and a copy out of on-chip memory whose tiles are half empty; four times."""
+    module = tpu_traffic.parse(HLO)
+    assert tpu_traffic.moved_bytes(module, "ENTRY") == 4 * (2 * 4096 + 4096)
+    with pytest.raises(ValueError, match="0 loops of the program hold loops"):
+        tpu_traffic.decode_traffic(HLO, 8)
+    with pytest.raises(ValueError, match="cannot tell how often the loop loop runs"):
+        tpu_traffic.moved_bytes(tpu_traffic.parse(HLO.replace("constant(4)", "parameter(1)")), "ENTRY")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, optimised):
+    """1.3B in bfloat16: at most 1.15 times the weights without the input embedding and the state read and written."""
+    pytest.importorskip("libtpu")
+    run_main(
+        bench_decode, "--scale=1.3B", "--mixer=interdomain", "--dtype=bfloat16", "--topology=v5e:2x2", "--steps=32",
+        "--prefix=512", f"--batch_size={batch_size}", f"--out={tmp_path}",
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert 0.9 < row["token_bytes"] / row["least_bytes"] < 1.15
+    assert row["block_share_bytes"] / row["least_bytes"] < 0.12
+    assert row["decode_bytes"] < 1.1e8 if batch_size == 1 else 1e9  # temporaries hold no copy of the 2.6 GB of weights

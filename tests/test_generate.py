@@ -1,0 +1,91 @@
+"""`launch.generate` and `launch.export` on a small random model: prompts from everywhere, contexts, JSONL, refusals."""
+
+import dataclasses
+import functools
+import io
+import json
+import sys
+
+import pytest
+from absl import flags
+from flax import nnx
+from helpers import defined_flags, run_main
+from models import make_model
+
+from idattn.config import DataConfig, quickstart
+from idattn.inference import save_weights
+from launch import generate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = make_model("s4d", vocab_size=257)
+    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
+    folder = tmp_path_factory.mktemp("exported")
+    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def generate_flags():
+    with defined_flags(generate), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "load_decoder", functools.cache(generate.load_decoder))  # one checkpoint, compiled once
+        yield
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    def run(*arguments):
+        run_main(generate, f"--checkpoint={checkpoint}", "--num_tokens=40", *arguments)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_prompts(run, checkpoint, monkeypatch, tmp_path):
+    shown = run("--prompt=ab", "--num_samples=2")
+    head, first, second = shown.out.split("\n\nab")
+    assert head == f"{checkpoint}, step 7" and first != second
+    assert "80 tokens, " in shown.err and "a second after the first block" in shown.err
+    # A row's text does not depend on who is beside it; where the prompt is from does not matter either.
+    assert run("--prompt=ab", "--seed=1").out == f"{head}\n\nab{second}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
+    assert run("--prompt_file=-").out.removesuffix("\n") == f"{head}\n\nab{first}"
+    stop = first[4:6]
+    stopped = run("--prompt=ab", f"--stop={stop}").out
+    assert stopped == f"{head}\n\nab{first[: first.index(stop)]}\n"
+    # A context on disk stands for the text that it was made of.
+    whole = run("--prompt=ab", f"--save_context={tmp_path / 'ab'}").out
+    assert whole.removesuffix("\n") == f"{head}\n\nab{first}"
+    restored = run(f"--load_context={tmp_path / 'ab'}").out
+    assert restored.removesuffix("\n") == f"{head}\n\n{first}"
+
+
+def test_jsonl(run, tmp_path):
+    rows = [{"prompt": "ab", "id": 3}, {"prompt": "", "temperature": 0, "seed": 5}, {"prompt": "xyz"}]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    arguments = (f"--jsonl={tmp_path / 'in'}", "--num_samples=2", "--batch_size=2")
+    run(*arguments, f"--out={tmp_path / 'out'}")
+    answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [{name: x for name, x in row.items() if name != "completions"} for row in answers] == rows
+    assert all(len(row["completions"]) == 2 and row["completions"][0]["finish"] == "length" for row in answers)
+    assert run("--prompt=ab").out.split("\n\nab", 1)[1] == answers[0]["completions"][0]["text"] + "\n"
+    greedy = answers[1]["completions"]
+    assert greedy[0] == greedy[1] and answers[0]["completions"][0] != answers[0]["completions"][1]
+    printed = run(*arguments).out
+    assert [json.loads(line) for line in printed.splitlines()] == answers
+
+
+def test_errors(run, tmp_path):
+    (tmp_path / "in").write_text('{"text": 1}')
+    with pytest.raises(ValueError, match=r"row 1: \{'text': 1\} must be an object with a text under 'prompt'"):
+        run(f"--jsonl={tmp_path / 'in'}")
+    (tmp_path / "in").write_text('{"prompt": "a", "top_p": 2}')
+    with pytest.raises(ValueError, match="top_p=2 must be greater than 0 and at most 1"):
+        run(f"--jsonl={tmp_path / 'in'}")
+    with pytest.raises(ValueError, match=r"temperature=-1\.0"):
+        run("--temperature=-1")
+    with pytest.raises(Exception, match="give one of"):
+        run("--prompt=a", "--prompt_file=b")
+    with pytest.raises(flags.IllegalFlagValueError):
+        run("--num_tokens=0")
