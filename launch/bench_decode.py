@@ -120,24 +120,26 @@ def context_bytes(decoder: Decoder, batch_size: int, max_tokens: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(context))
 
 
-def measure(scale: str, mixer: str, batch_size: int, prefix: int, model, decoder, bandwidth: float) -> dict[str, Any]:
-    """One row of the table."""
+def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwidth: float) -> None:
+    """Fill in a row of the table, whose memory may not suffice."""
+    mixer, batch_size, prefix = row["mixer"], row["batch_size"], row["prefix"]
     room = prefix + FLAGS.steps
-    least = decode_bytes(
+    least = row["least_bytes"] = decode_bytes(
         decoder.config, batch_size, prefix + FLAGS.steps // 2, dtype=FLAGS.dtype, state_dtype=FLAGS.state_dtype
     )
-    row = dict(scale=scale, mixer=mixer, batch_size=batch_size, prefix=prefix, least_bytes=least)
     row["context_bytes"] = context_bytes(decoder, batch_size, room)
     if row["context_bytes"] > FLAGS.max_gib * 2**30:
-        return row
+        return
     if FLAGS.topology:
         from jax.experimental import topologies
 
         device = topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices[0]
-        programs = {name: x.compile() for name, x in decoder.lower(batch_size, room, device=device).items()}
-        token, share = decode_traffic(programs["decode"].as_text(), FLAGS.steps)
-        memory = {f"{name}_bytes": x.memory_analysis().temp_size_in_bytes for name, x in programs.items()}
-        return row | memory | dict(token_bytes=token, block_share_bytes=share)
+        programs = decoder.lower(batch_size, room, device=device)
+        decode = programs["decode"].compile()
+        row["token_bytes"], row["block_share_bytes"] = decode_traffic(decode.as_text(), FLAGS.steps)
+        row["decode_bytes"] = decode.memory_analysis().temp_size_in_bytes
+        row["prefill_bytes"] = programs["prefill"].compile().memory_analysis().temp_size_in_bytes
+        return
     row["seconds"] = step_seconds(decoder, batch_size, prefix)
     row["bound_seconds"] = least / bandwidth
     room = room if MIXERS[mixer].softmax else 0  # which nothing else depends on
@@ -145,7 +147,6 @@ def measure(scale: str, mixer: str, batch_size: int, prefix: int, model, decoder
     if FLAGS.whole:
         whole = make_decoder(model, prefix)
         row["whole_bytes"] = prefill_bytes(whole, batch_size, room)
-    return row
 
 
 def write_table(rows: list[dict[str, Any]], title: str) -> str:
@@ -219,7 +220,13 @@ def main(_):
                 continue
             places = [(batch_size, prefix) for batch_size in FLAGS.batch_size for prefix in FLAGS.prefix]
             for batch_size, prefix in tqdm(places, desc=f"{scale}, {mixer}", leave=False, disable=None):
-                rows.append(measure(scale, mixer, batch_size, prefix, model, decoder, bandwidth))
+                rows.append(dict(scale=scale, mixer=mixer, batch_size=batch_size, prefix=prefix))
+                try:
+                    measure(rows[-1], model, decoder, bandwidth)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    tqdm.write(f"{scale}, {mixer}, {batch_size} rows after {prefix}: out of memory")
                 if FLAGS.out:
                     folder = Path(FLAGS.out)
                     folder.mkdir(parents=True, exist_ok=True)

@@ -151,14 +151,12 @@ class LanguageModel(nnx.Module):
 
     def open_block(self, state: Any, size: int) -> Any:
         """A state as of a block of up to `size` tokens, to be read one by one; see `idattn.ops.blockwise`."""
-        return [
-            b.mixer.open_block(s, size, self.compute.dtype) if isinstance(s, SSMState) else s
-            for b, s in zip(self.groups.blocks, state, strict=True)
-        ]
+        blocks = zip(self.groups.blocks, state, strict=True)
+        return [block.mixer.open_block(stack, size, self.compute.dtype) for block, stack in blocks]
 
     def close_block(self, state: Any) -> Any:
         """The state after the tokens of a block."""
-        return [s.close() if isinstance(s, BlockState) else s for s in state]
+        return [stack.close() for stack in state]
 
     @property
     def repeats(self) -> int:
