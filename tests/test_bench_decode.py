@@ -29,18 +29,19 @@ def toy(monkeypatch):
     monkeypatch.setattr(bench_decode, "model_config", model_config)
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_row_has_its_time_and_bound(tmp_path, capsys, whole):
-    run_main(bench_decode, *TOY, "--prefix=16", "--prefix=100", f"--whole={whole}", f"--out={tmp_path}")
+@pytest.mark.parametrize(
+    ("mixers", "whole"),
+    [(["s4d"], False), pytest.param(["softmax", "interdomain"], True, marks=pytest.mark.slow)],
+)
+def test_every_row_has_its_time_and_bound(tmp_path, capsys, mixers, whole):
+    named = [f"--mixer={mixer}" for mixer in mixers]
+    run_main(bench_decode, *TOY, *named, "--prefix=99", "--batch_size=2", f"--whole={whole}", f"--out={tmp_path}")
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert [(r["mixer"], r["prefix"]) for r in rows] == [(m, n) for m in ("softmax", "interdomain") for n in (16, 100)]
-    assert all(r["seconds"] > 0 and r["bound_seconds"] > 0 for r in rows)
-    softmax, interdomain = rows[:2], rows[2:]
-    assert [a["least_bytes"] - b["least_bytes"] for a, b in (softmax[::-1], interdomain)] == [84 * 16 * 2 * 4, 0]
-    assert interdomain[0]["prefill_bytes"] == interdomain[1]["prefill_bytes"]
-    assert not whole or interdomain[1]["prefill_bytes"] < interdomain[1]["whole_bytes"]
+    assert [(row["mixer"], row["prefix"]) for row in rows] == [(mixer, 99) for mixer in mixers]
+    assert all(row["seconds"] > 0 and row["bound_seconds"] > 0 and row["prefill_bytes"] > 0 for row in rows)
+    assert all(row["prefill_bytes"] < row["whole_bytes"] for row in rows if whole)
     table = (tmp_path / "decode.md").read_text()
-    assert table == capsys.readouterr().out and table.count("\n| cpu, 1, ") == 4
+    assert table == capsys.readouterr().out and table.count("\n| cpu, 2, 99 ") == len(mixers)
     assert (tmp_path / "decode.png").stat().st_size > 10_000
 
 
@@ -56,6 +57,9 @@ def test_bytes_that_must_move():
     least = [decode_bytes(config, b, 9, dtype="bfloat16", state_dtype="float32") for b in (1, 2)]
     assert least[1] - least[0] == 2 * 4 * 24 * 524_288
     weights = 2 * least[0] - least[1]
+    softmax = bench_decode.model_config("1.3B", "softmax")
+    longer, short = (decode_bytes(softmax, 3, n, dtype="bfloat16", state_dtype="float32") for n in (1009, 9))
+    assert longer - short == 3 * 24 * 1000 * 2 * 2048 * 2
     assert 0 < weights - 2 * (count_parameters(config)["total"] - 32_000 * 2048) < 0.011 * weights  # C is float32
 
 
@@ -116,4 +120,5 @@ def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, optimised):
     (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert 0.9 < row["token_bytes"] / row["least_bytes"] < 1.15
     assert row["block_share_bytes"] / row["least_bytes"] < 0.12
-    assert row["decode_bytes"] < 1.1e8 if batch_size == 1 else 1e9  # temporaries hold no copy of the 2.6 GB of weights
+    # Temporaries hold no copy of the 2.6 GB of weights; of 64 rows, one matrix of each layer in another layout.
+    assert row["decode_bytes"] < {1: 0.1e9, 64: 1e9}[batch_size]

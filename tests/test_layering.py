@@ -27,7 +27,8 @@ ALLOWED = {
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "config", "choices"},
 }
 TRAINING_ONLY = {
-    "orbax", "grain", "tensorboardX", "matplotlib", "optax", "tqdm", "launch", "configs", "absl.app", "absl.flags",
+    "orbax", "safetensors", "grain", "tensorboardX",
+    "matplotlib", "optax", "tqdm", "launch", "configs", "absl.app", "absl.flags",
     "idattn.train", "idattn.data", "idattn.inference", "idattn.evals", "idattn.loss", "idattn.costs",
 }  # fmt: skip
 

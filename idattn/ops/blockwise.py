@@ -77,9 +77,8 @@ def linear(basis: Basis, c_out: jax.Array, states: jax.Array, layer: jax.Array, 
     B, _, G, W = block.tokens.shape
     row = fold(basis, c_out.astype(block.decays.dtype)).reshape(G, 1, 2, -1)
     w = row * jnp.asarray([1, -1], row.dtype)[:, None]  # Re(w^T X) is the product of planes with (re, -im)
-    return _read(jnp.broadcast_to(w, (B, *w.shape)), block, _part(states, layer, 0, W), block.tokens.astype(row.dtype))[
-        :, :, 0
-    ]
+    z = block.tokens.astype(row.dtype)
+    return _read(jnp.broadcast_to(w, (B, *w.shape)), block, _part(states, layer, 0, W), z)[:, :, 0]
 
 
 def close_block(state: jax.Array, block: Block) -> jax.Array:

@@ -22,8 +22,7 @@ def make_decoder(mixers, **options):
     return Decoder(make_model(*mixers), **({"chunk_size": 8, "block_size": 4} | options))
 
 
-# Two hybrids hold the five mixers, and compile in half the time.
-PATTERNS = [HYBRID, ("single_query", "dual_linear"), *(pytest.param(m, marks=pytest.mark.slow) for m in MIXERS)]
+PATTERNS = [HYBRID, *(pytest.param(mixers, marks=pytest.mark.slow) for mixers in MIXERS)]
 
 
 @pytest.fixture(scope="module", params=PATTERNS, ids="+".join)
