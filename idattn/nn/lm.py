@@ -10,7 +10,7 @@ from flax import nnx
 from idattn.config import MIXERS, ComputeConfig, ModelConfig
 from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
-from idattn.nn.ssm import BlockState, SSMMixer, SSMState
+from idattn.nn.ssm import SSMMixer
 from idattn.sharding import constrain, gathered, param_specs
 
 _KEPT = {  # for the backward pass, see `idattn.config.REMAT`

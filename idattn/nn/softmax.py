@@ -13,7 +13,7 @@ from idattn.nn import carry
 from idattn.nn.layers import Linear, rotate_positions
 from idattn.ops import softmax_attention
 from idattn.ops.product import product
-from idattn.ops.segments import PADDING, document_positions, run_index
+from idattn.ops.segments import PADDING, document_positions
 from idattn.sharding import is_split, on_shards, spec
 
 
