@@ -181,15 +181,20 @@ class MeshConfig:
 class DataConfig:
     """Where text comes from and how it becomes windows of tokens."""
 
-    source: str = "austen"  # the embedded corpus, or a path: .jsonl (also .gz, .xz), .txt, or a folder of .txt
-    holdout: tuple[str, ...] = ("persuasion",)  # ids of the documents to validate on
-    tokenizer: str = "bytes"  # or the path of a SentencePiece .model file
+    source: str = (
+        "austen"  # text of `idattn.data.Corpus`, held in memory; or a folder of launch.prepare_data, or A,B,...
+    )
+    weights: tuple[float, ...] = ()  # with several folders: the share of the windows from each
+    holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders
+    tokenizer: str = "bytes"  # or what `idattn.data.load_tokenizer` takes; for a folder the file in it
     seq_len: int  # T, tokens in a window
     documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
 
     def __post_init__(self):
         _check_at_least(self, 1, "seq_len")
         check_choice("documents", self.documents, ("reset", "ignore"))
+        if any(not weight > 0 for weight in self.weights):
+            raise ValueError(f"weights={self.weights} must be greater than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,29 @@
-"""Text to batches: documents, tokenizers, windows and their order."""
+"""Text to batches: documents, tokenizers, prepared folders, windows and their order."""
 
-from idattn.data.corpus import Document, load_documents, split
-from idattn.data.loader import Batch, TokenWindows, eval_batches, load_data, train_iterator
-from idattn.data.tokenizer import Tokenizer, load_tokenizer
+from idattn.data.corpus import Corpus, load_documents, split
+from idattn.data.loader import Batch, TokenWindows, count_epochs, eval_batches, load_data, train_iterator
+from idattn.data.preparation import Preparation, prepare
+from idattn.data.sources import Document
+from idattn.data.stream import TokenStream, read_manifest, verify
+from idattn.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
+    "Corpus",
     "Document",
+    "Preparation",
+    "TokenStream",
     "TokenWindows",
     "Tokenizer",
+    "count_epochs",
     "eval_batches",
     "load_data",
     "load_documents",
     "load_tokenizer",
+    "prepare",
+    "read_manifest",
     "split",
     "train_iterator",
+    "train_tokenizer",
+    "verify",
 ]

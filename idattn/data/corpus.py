@@ -1,46 +1,88 @@
-"""Documents: reading them from the embedded corpus or from files, and holding some of them out."""
+"""Documents of a source: all of them, or in units that can be read apart; and holding some out by name."""
 
 import difflib
-import gzip
+import hashlib
+import itertools
 import json
-import lzma
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".txt")
+from idattn.data.sources import LINES, Document, Lines, Rows, Texts
+
+_SUFFIXES = (*LINES, ".parquet", ".txt")
+_MIN_UNITS, _MIN_UNIT_BYTES = 16, 1 << 20  # a small source is cut finer, so that several processes share it
 
 
-class Document(NamedTuple):
-    """A text, and the id that errors and `holdout` call it by."""
+class Unit(NamedTuple):
+    """Consecutive documents: those that begin in [start, stop) of the source's part number `part`."""
 
-    id: str
-    text: str
+    part: int
+    start: int
+    stop: int
+
+
+class Corpus:
+    """The documents of a source in their order."""
+
+    def __init__(self, source: str, text_field: str = "text"):
+        """Looks at the source, but reads no document.
+
+        Args:
+          source: "austen", the corpus inside the package; "hf:NAME[@REVISION][,CONFIG[,SPLIT]]", a dataset of the
+            Hugging Face hub, read as a stream, or a local one by its folder; or a path: `.jsonl` (`.gz`, `.xz`, `.zst`)
+            with one object {"id", "text"} a line (without "id" the document is called after the file and the line,
+            `file:3`); `.parquet`; `.txt`, one document; or a folder of such files, read by kind (in the order just
+            given) and name. All are UTF-8: what is not is an error.
+          text_field: name of the text in objects and rows.
+
+        Raises:
+          FileNotFoundError: the path does not exist.
+          ImportError: the package that reads this kind of source is missing.
+          ConnectionError: the hub is out of reach.
+          ValueError: the source is of no known kind, or has no such field.
+        """
+        self._parts = list(_parts(source, text_field))
+
+    def signature(self) -> str:
+        """Hex digest of the names and sizes of the source's files."""
+        files = [[path.name, path.stat().st_size] for part in self._parts for path in part.paths]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    def units(self, unit_bytes: int) -> list[Unit]:
+        """All documents in units of about `unit_bytes` of text, or less where that makes few units."""
+        sizes = [part.size() for part in self._parts]
+        target = min(unit_bytes, max(sum(sizes) // _MIN_UNITS, _MIN_UNIT_BYTES))
+        return [
+            Unit(number, start, stop)
+            for number, (part, size) in enumerate(zip(self._parts, sizes, strict=True))
+            for start, stop in itertools.pairwise(part.cuts(size, -(-size // target)))
+        ]
+
+    def read(self, unit: Unit) -> Iterator[Document]:
+        """The documents of a unit. A row of a dataset or of Parquet may have no text; its document is empty.
+
+        Raises:
+          ValueError: a document is malformed (the file and line are named).
+        """
+        return self._parts[unit.part].read(unit.start, unit.stop)
+
+    def __iter__(self) -> Iterator[Document]:
+        return itertools.chain.from_iterable(part.read(0) for part in self._parts)
 
 
 def load_documents(source: str) -> list[Document]:
-    """All documents of a source, in its order.
-
-    Args:
-      source: "austen", the corpus inside the package; or a path: `.jsonl`, `.jsonl.gz` or `.jsonl.xz` with one object
-        {"id", "text"} a line (without "id" the document is called after the file and the line, `file:3`); a `.txt`
-        file, one document; or a folder, whose `.txt` files are the documents, sorted by name. All are UTF-8.
+    """All documents of a source, named as for `Corpus`, that have a text.
 
     Returns:
-      At least one document; ids are unique and texts not empty.
+      At least one document; ids are unique.
 
     Raises:
       FileNotFoundError: the path does not exist.
       ValueError: the source holds no document, or a document is malformed (the file and line are named).
     """
-    if source == "austen":
-        with (resources.files("idattn.data") / "austen.jsonl.xz").open("rb") as packed, lzma.open(packed) as lines:
-            documents = list(_parse_lines(lines, "austen.jsonl.xz"))
-    else:
-        documents = list(_read_path(Path(source)))
+    documents = [document for document in Corpus(source) if document.text]
     if not documents:
         raise ValueError(f"source={source!r} holds no documents; it must hold at least one.")
     repeated = [name for name, count in Counter(document.id for document in documents).items() if count > 1]
@@ -79,58 +121,22 @@ def split(documents: Sequence[Document], holdout: tuple[str, ...]) -> tuple[list
     return train, validation
 
 
-def _read_path(path: Path) -> Iterator[Document]:
+def _parts(source: str, text_field: str) -> Iterator[Lines | Rows | Texts]:
+    if source.startswith("hf:"):
+        yield Rows.of_dataset(source, text_field)
+        return
+    path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"source={str(path)!r} does not exist; give 'austen' or the path of a file or folder.")
-    if path.is_dir():
-        for member in sorted(path.glob("*.txt")):
-            yield _read_text(member)
-    elif path.name.endswith(".txt"):
-        yield _read_text(path)
-    elif path.name.endswith(_SUFFIXES):
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-        with opener(path, "rb") as lines:
-            try:
-                yield from _parse_lines(lines, str(path))
-            except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-                raise ValueError(f"{path} is not a complete {path.suffix} file: {error}") from error
-    else:
-        raise ValueError(f"source={str(path)!r} must be a folder or end in one of {', '.join(_SUFFIXES)}.")
-
-
-def _read_text(path: Path) -> Document:
-    return _document(path.stem, _decode(path.read_bytes(), str(path)), str(path))
-
-
-def _parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Document]:
-    # Binary lines end at "\n" alone; str.splitlines would also cut at characters that JSON allows inside strings.
-    for number, line in enumerate(lines, 1):
-        place = f"{name}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(_decode(line, place))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{place}: must be an object with a field "text", not {type(row).__name__}.')
-        yield _document(row.get("id", f"{Path(name).name}:{number}"), row.get("text"), place)
-
-
-def _document(name: object, text: object, place: str) -> Document:
-    if not isinstance(name, str):
-        raise ValueError(f'{place}: "id" must be a string, not {name!r}.')
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{place}: the text must be a string that is not empty, not {text!r}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-        raise ValueError(f"{place}: the text is not valid Unicode: {error}") from error
-    return Document(name, text)
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not valid UTF-8: {error}") from error
+        raise FileNotFoundError(
+            f"source={source!r} does not exist; give 'austen', the path of a file or folder, or hf:NAME for a dataset "
+            "of the Hugging Face hub."
+        )
+    if path.is_file() and not path.name.endswith(_SUFFIXES):
+        raise ValueError(f"source={source!r} must be a folder or end in one of {', '.join(_SUFFIXES)}.")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    yield from (Lines(file, text_field) for file in files if file.name.endswith(LINES))
+    if parquet := [file for file in files if file.suffix == ".parquet"]:
+        yield Rows.of_parquet(parquet, text_field)
+    if texts := [file for file in files if file.suffix == ".txt"]:
+        root = path if path.is_dir() else path.parent
+        yield Texts(texts, [file.relative_to(root).with_suffix("").as_posix() for file in texts])

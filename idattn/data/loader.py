@@ -1,8 +1,9 @@
 """Windows of tokens over a stream of documents, and their batches for training and validation."""
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import SupportsIndex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -10,7 +11,9 @@ import numpy as np
 from idattn.choices import check_choice
 from idattn.config import DataConfig
 from idattn.data.corpus import load_documents, split
-from idattn.data.tokenizer import Tokenizer, load_tokenizer
+from idattn.data.sources import Document
+from idattn.data.stream import SPLITS, TokenStream, is_prepared
+from idattn.data.tokenizer import Tokenizer, encode_document, fingerprint, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 _PADDING = {"inputs": 0, "targets": 0, "segment_ids": -1, "loss_mask": 0}
@@ -23,45 +26,29 @@ class TokenWindows:
     a target exactly once. The last window is padded.
 
     Attributes:
-      stream: (tokens,) all documents, in the smallest unsigned type that holds the vocabulary.
+      stream: (tokens,) all documents, an array or a `TokenStream`.
     """
 
-    def __init__(
-        self, token_ids: Iterable[np.ndarray], *, bos_id: int, vocab_size: int, seq_len: int, documents: str = "reset"
-    ):
-        """Joins the documents.
+    def __init__(self, stream: np.ndarray | TokenStream, *, bos_id: int, seq_len: int, documents: str = "reset"):
+        """Lays windows over a stream.
 
         Args:
-          token_ids: (tokens,) integer ids of each document, without BOS.
-          bos_id: put before every document; below `vocab_size`.
-          vocab_size: V, above every id.
+          stream: at least 2 tokens.
+          bos_id: begins every document, and occurs nowhere else.
           seq_len: T, tokens in a window, at least 1.
           documents: "reset" separates the documents of a window by segment ids and masks the prediction of the next
             document's BOS; "ignore" treats the stream as one text.
 
         Raises:
-          ValueError: an argument breaks its rule, an id is outside the vocabulary, or the stream has no target.
+          ValueError: an argument breaks its rule.
         """
         check_choice("documents", documents, ("reset", "ignore"))
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len} must be at least 1.")
-        if not 0 <= bos_id < vocab_size:
-            raise ValueError(f"bos_id={bos_id} must be at least 0 and below vocab_size={vocab_size}.")
-        dtype = np.min_scalar_type(vocab_size - 1)
-        parts = []
-        for number, ids in enumerate(token_ids):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-                raise ValueError(
-                    f"document {number} has ids {ids.min()} to {ids.max()}; they must be 0 to {vocab_size - 1}, the "
-                    "vocabulary of the tokenizer that encoded it."
-                )
-            parts.append(np.concatenate([[bos_id], ids]).astype(dtype))
-        if sum(map(len, parts)) < 2:
-            raise ValueError(f"{len(parts)} documents make {sum(map(len, parts))} tokens; a window needs at least 2.")
-        self.stream = np.concatenate(parts)
-        self._starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
-        self._seq_len = seq_len
-        self._reset = documents == "reset"
+        if len(stream) < 2:
+            raise ValueError(f"the documents make {len(stream)} tokens; a window needs at least 2.")
+        self.stream = stream
+        self._bos_id, self._seq_len, self._reset = bos_id, seq_len, documents == "reset"
 
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self._seq_len)
@@ -82,55 +69,87 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} is outside 0 to {len(self) - 1}.")
         start = number * self._seq_len
-        tokens = self.stream[start : start + self._seq_len + 1]
-        if self._reset:
-            document = np.searchsorted(self._starts, np.arange(start, start + len(tokens)), side="right")
-        else:
-            document = np.zeros(len(tokens), np.int64)
+        tokens = self.stream[start : start + self._seq_len + 1].astype(np.int32)
+        begins = tokens[1:] == self._bos_id if self._reset else np.zeros(len(tokens) - 1, bool)
         window = {
-            "inputs": tokens[:-1].astype(np.int32),
-            "targets": tokens[1:].astype(np.int32),
-            "segment_ids": (document[:-1] - document[0]).astype(np.int32),
-            "loss_mask": (document[1:] == document[:-1]).astype(np.float32),
+            "inputs": tokens[:-1],
+            "targets": tokens[1:],
+            "segment_ids": np.concatenate([[0], np.cumsum(begins[:-1])]).astype(np.int32),
+            "loss_mask": (~begins).astype(np.float32),
         }
-        return _pad(window, self._seq_len)
+        return window if len(begins) == self._seq_len else _pad(window, self._seq_len)
 
 
-def load_data(config: DataConfig) -> tuple[Tokenizer, TokenWindows, TokenWindows]:
-    """The tokenizer, and the windows to train on and to validate on.
+def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[TokenWindows]]:
+    """The tokenizer, and of each source the windows to train on and to validate on.
 
     Raises:
-      FileNotFoundError: the corpus or the tokenizer's file does not exist.
+      FileNotFoundError: a source, a part of a prepared folder or the tokenizer's file does not exist.
       ImportError: the tokenizer's package is missing.
-      ValueError: the corpus, its split or the tokenizer is not usable.
+      ValueError: a source, its split or the tokenizer is not usable, or a folder was prepared with another tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    train, validation = (
-        TokenWindows(
-            (tokenizer.encode(document.text) for document in documents),
-            bos_id=tokenizer.bos_id,
-            vocab_size=tokenizer.vocab_size,
-            seq_len=config.seq_len,
-            documents=config.documents,
+    sources = config.source.split(",") if config.weights else [config.source]
+    if len(sources) != max(1, len(config.weights)):
+        raise ValueError(
+            f"weights={config.weights} must be one for each of the {len(sources)} sources {config.source!r}."
         )
-        for documents in split(load_documents(config.source), config.holdout)
+    if len(sources) == 1 and not is_prepared(sources[0]):
+        texts = split(load_documents(sources[0]), config.holdout)
+        streams = [[_in_memory(documents, tokenizer)] for documents in texts]
+    else:
+        if config.holdout:
+            raise ValueError(
+                f"holdout={config.holdout} names documents of a text, but {config.source!r} was split when it was "
+                "prepared; set holdout=()."
+            )
+        streams = [[TokenStream(source, split_name) for source in sources] for split_name in SPLITS]
+        for stream, source in zip(streams[0], sources, strict=True):
+            _check_tokenizer(stream.manifest["tokenizer"], tokenizer, config.tokenizer, source)
+    train, validation = (
+        [
+            TokenWindows(stream, bos_id=tokenizer.bos_id, seq_len=config.seq_len, documents=config.documents)
+            for stream in part
+        ]
+        for part in streams
     )
     return tokenizer, train, validation
 
 
+def _in_memory(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """(tokens,) the stream of documents, in the smallest unsigned type that holds the vocabulary."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    return np.concatenate([encode_document(text, tokenizer, name).astype(dtype) for name, text in documents])
+
+
+def _check_tokenizer(stored: Mapping[str, Any], tokenizer: Tokenizer, name: str, folder: str) -> None:
+    if fingerprint(tokenizer) != stored["sha256"]:
+        own = str(Path(folder) / stored["file"]) if stored["file"] else "bytes"
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer, of {stored['vocab_size']} tokens (SHA-256 "
+            f"{stored['sha256']}), than tokenizer={name!r}, of {tokenizer.vocab_size} ({fingerprint(tokenizer)}); set "
+            f"tokenizer={own!r}."
+        )
+
+
 def train_iterator(
-    windows: TokenWindows, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    windows: Sequence[TokenWindows],
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    weights: Sequence[float] = (),
 ) -> grain.DatasetIterator[Batch]:
     """Endless batches of shuffled windows; every epoch has an order of its own, and batches may straddle epochs.
 
-    Batch number n is a function of `seed`, n, `batch_size` and the windows alone, so the iterator's state is n, for any
-    number of processes: save what `get_state` returns, and give it to `set_state`.
+    Batch number n is a function of `seed`, n, `batch_size`, `weights` and the windows alone, so the iterator's state is
+    n, for any number of processes: save what `get_state` returns, and give it to `set_state`.
 
     Args:
-      windows: at least `batch_size`.
+      windows: of one source or more, at least `batch_size` in all.
       batch_size: B, at least 1.
       seed: at least 0.
       rows: the rows of every batch to read, ascending; None for all.
+      weights: the share of windows from each of several sources, interleaved evenly; each source has its own epochs.
 
     Returns:
       A checkpointable iterator over dicts of (rows, T) arrays, the keys those of `TokenWindows`.
@@ -140,15 +159,28 @@ def train_iterator(
     """
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size={batch_size} must be at least 1 and seed={seed} at least 0.")
-    if len(windows) < batch_size:
+    total = sum(map(len, windows))
+    if total < batch_size:
         raise ValueError(
-            f"the training text has {len(windows)} windows, fewer than batch_size={batch_size}; use a smaller batch, "
+            f"the training text has {total} windows, fewer than batch_size={batch_size}; use a smaller batch, "
             "shorter windows or more text."
         )
-    shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    batches = grain.MapDataset.source(_Batches(shuffled, batch_size, range(batch_size) if rows is None else rows))
-    # The stream is in memory: one thread that stays a few batches ahead is enough, where the default keeps 500.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    # Of every source its own keyed permutation an epoch, computed index by index: no memory, and any index at once.
+    shuffled = [grain.MapDataset.source(part).seed(seed + n).shuffle().repeat() for n, part in enumerate(windows)]
+    mixed = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
+    batches = grain.MapDataset.source(_Batches(mixed, batch_size, range(batch_size) if rows is None else rows))
+    # A few batches ahead by a few threads, which wait for the disk outside of Python; the default keeps 500.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+
+
+def count_epochs(
+    windows: Sequence[TokenWindows], batch_size: int, step: int, weights: Sequence[float] = ()
+) -> dict[str, float]:
+    """How often each source's windows were read in `step` batches: as "epoch", or as "epoch/0", "epoch/1" and so on."""
+    if len(windows) == 1:
+        return {"epoch": step * batch_size / len(windows[0])}
+    shares = np.asarray(weights) / sum(weights)
+    return {f"epoch/{n}": float(step * batch_size * shares[n] / len(part)) for n, part in enumerate(windows)}
 
 
 class _Batches:
@@ -166,12 +198,13 @@ class _Batches:
 
 
 def eval_batches(
-    windows: TokenWindows, batch_size: int, limit: int, rows: Sequence[int] | None = None
+    windows: Sequence[TokenWindows], batch_size: int, limit: int, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """One pass over the windows in order, or over an evenly spaced part of them; the same at every call.
 
     Args:
-      windows: when they fill more than `limit` batches, limit * batch_size of them are taken, spread evenly.
+      windows: of one source or more, one after another; when they fill more than `limit` batches, limit * batch_size
+        of them are taken, spread evenly.
       batch_size: B, at least 1.
       limit: batches at most, at least 1.
       rows: the rows of every batch to read, ascending; None for all.
@@ -185,13 +218,14 @@ def eval_batches(
     """
     if batch_size < 1 or limit < 1:
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1.")
-    count = min(len(windows), limit * batch_size)
-    chosen = [number * len(windows) // count for number in range(count)]
+    joined = grain.MapDataset.concatenate([grain.MapDataset.source(part) for part in windows])
+    count = min(len(joined), limit * batch_size)
+    chosen = [number * len(joined) // count for number in range(count)]
     rows = range(batch_size) if rows is None else rows
-    missing = {name: np.full_like(array, _PADDING[name]) for name, array in windows[0].items()}
+    missing = {name: np.full_like(array, _PADDING[name]) for name, array in joined[0].items()}
 
     def batch(first: int) -> Batch:
-        return _stack([windows[chosen[first + row]] if first + row < count else missing for row in rows])
+        return _stack([joined[chosen[first + row]] if first + row < count else missing for row in rows])
 
     return (batch(first) for first in range(0, count, batch_size))
 

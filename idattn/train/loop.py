@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, training_flops_per_token
-from idattn.data import eval_batches, load_data, train_iterator
+from idattn.data import count_epochs, eval_batches, load_data, train_iterator
 from idattn.evals.ngram import ngram_nats
 from idattn.evals.perplexity import mean_loss
 from idattn.inference import Decoder, generate_text
@@ -78,7 +78,8 @@ class _Run:
         self.trainer = Trainer(config)
         self.init_from = init_from
         self.rows = local_rows(self.trainer.mesh, config.train.batch_size)
-        self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed, self.rows)
+        weights = config.data.weights
+        self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed, self.rows, weights)
         check_same_run(workdir, config)  # last: a start that fails leaves no config behind
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
@@ -191,6 +192,8 @@ class _Run:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             then, earlier = self._clock
             self._clock = (time.perf_counter(), step)
+            batch_size, weights = self.config.train.batch_size, self.config.data.weights
+            metrics |= count_epochs(self.train_windows, batch_size, step, weights)
             per_step = self.config.train.batch_size * self.config.data.seq_len
             speed = metrics["tokens_per_second"] = (step - earlier) * per_step / (self._clock[0] - then)
             peak = device_peak_flops(jax.local_devices()[0].device_kind)
@@ -233,11 +236,13 @@ class _Run:
             return result
         rows = {}
         if settings.ngram_orders:
-            streams = self.train_windows.stream, self.val_windows.stream
+            parts = self.train_windows, self.val_windows
+            streams = (np.concatenate([windows.stream[:] for windows in part]) for part in parts)
             losses = ngram_nats(*streams, self.tokenizer.vocab_size, settings.ngram_orders)
             result["ngram_losses"] = losses
             rows = {f"{order}-gram": loss for order, loss in enumerate(losses, 1)}
-        print(f"\nvalidation loss on {', '.join(self.config.data.holdout)}, nats per token")
+        held_out = ", ".join(self.config.data.holdout) or f"the validation documents of {self.config.data.source}"
+        print(f"\nvalidation loss on {held_out}, nats per token")
         for name, loss in [*rows.items(), ("this model", self.val_loss)]:
             print(f"  {name:<12}{loss:.3f}")
         if settings.sample_prompt and jax.process_count() > 1:

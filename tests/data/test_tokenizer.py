@@ -66,7 +66,7 @@ def test_sentencepiece_id_outside_vocabulary(model_path):
 
 
 def test_name_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"'byte' must be 'bytes' or the path of a SentencePiece file"):
+    with pytest.raises(ValueError, match=r"'byte' must be 'bytes', the path of a SentencePiece file"):
         load_tokenizer("byte")
     with pytest.raises(FileNotFoundError, match=r"missing\.model' does not exist; give the path"):
         load_tokenizer(str(tmp_path / "missing.model"))

@@ -1,0 +1,323 @@
+"""Preparing text once for many runs: documents to shards of tokens, in parallel, with the same bytes however it is run.
+
+The source is cut into units that depend on nothing but the source. A unit makes a shard of each split and then
+`units/NUMBER.json`; whatever is on disk under its final name is complete, so that a run that was stopped goes on with
+the units that are missing. The manifest comes last: a folder without one is not complete.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from idattn.data.corpus import Corpus, Unit
+from idattn.data.stream import FORMAT, MANIFEST, PLAN, SPLITS, ShardWriter, settle, temporary_name, write_file
+from idattn.data.tokenizer import Tokenizer, encode_document, fingerprint, load_tokenizer, train_tokenizer
+
+_TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
+_SPLIT_RULE = (
+    "validation: first 8 bytes of the text's SHA-256, little-endian, below validation * 2^64; train: the others"
+)
+_LIBRARIES = ("array-record", "datasets", "sentencepiece", "tokenizers")  # what the bytes depend on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is prepared, and how; with equal settings, sources and library versions the bytes are equal."""
+
+    source: str  # of `Corpus`
+    tokenizer: str = ""  # of `load_tokenizer`; empty: the one that `train_vocab` trains
+    train_vocab: int = 0  # pieces of a SentencePiece BPE to train on the source; 0: none
+    text_field: str = "text"  # name of the text in objects and rows
+    validation: float = 0.001  # share of the documents to validate on, by the hash of their text
+    deduplicate: bool = False  # of documents with equal text keep the first
+    unit_bytes: int = 64 << 20  # of text in a unit, about; less for small sources
+
+    def __post_init__(self):
+        if bool(self.tokenizer) == bool(self.train_vocab):
+            raise ValueError(
+                f"tokenizer={self.tokenizer!r} and train_vocab={self.train_vocab}: give one of the two, a tokenizer or "
+                "the size of one to train."
+            )
+        if not 0 <= self.validation < 1 or self.unit_bytes < 1 or self.train_vocab < 0:
+            raise ValueError(
+                f"validation={self.validation} must be at least 0 and below 1, unit_bytes={self.unit_bytes} at least 1 "
+                f"and train_vocab={self.train_vocab} at least 0."
+            )
+
+
+def prepare(
+    settings: Preparation, out: str | os.PathLike[str], *, workers: int = 1, part: tuple[int, int] = (0, 1)
+) -> dict[str, Any] | None:
+    """Prepare a source, or go on with a preparation that was stopped.
+
+    Several machines share the work by `part`, in one folder that all of them see; which of them runs when, and how
+    often, changes no byte. To deduplicate, every part has to run twice, since all texts must have been seen.
+
+    Args:
+      settings: of the preparation.
+      out: folder, made if it does not exist.
+      workers: processes, at least 1.
+      part: (i, n), to do the units i, i + n, i + 2n, ... alone.
+
+    Returns:
+      The manifest, or None while units of other parts are missing.
+
+    Raises:
+      ValueError: a setting or document breaks a rule, the source holds no document, or `out` was begun with other
+        settings, another source or other libraries.
+      OSError: the disk is full, say. What is complete stays; the same call goes on.
+      RuntimeError: a worker was killed; likewise.
+    """
+    if workers < 1 or not 0 <= part[0] < part[1]:
+        raise ValueError(f"workers={workers} must be at least 1, and part={part} (i, n) with i from 0 to n - 1.")
+    out = Path(out)
+    plan = _make_plan(settings, out)
+    if part[1] == 1:
+        _clean(out)
+    run = functools.partial(
+        _run, functools.partial(_Worker, settings, plan, out), out, len(plan["units"]), workers, part
+    )
+    if settings.deduplicate:
+        if not run(_Worker.hash, "hashes"):
+            return None
+        _mark_duplicates(out, len(plan["units"]))
+    return _finish(plan, out) if run(_Worker.write, "json") else None
+
+
+class _Worker:
+    """Does units one after another."""
+
+    def __init__(self, settings: Preparation, plan: dict[str, Any], out: Path):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the units are what runs in parallel
+        self._settings, self._plan, self._out = settings, plan, out
+        self._corpus = Corpus(settings.source, settings.text_field)
+        file = plan["tokenizer"]["file"]
+        self._tokenizer = load_tokenizer(str(out / file) if file else "bytes")
+
+    def hash(self, number: int) -> int:
+        """Writes 16 bytes of the hash of each document; returns 0."""
+        digests = b"".join(digest[:16] for _, _, digest in self._documents(number))
+        write_file(_unit_file(self._out, number, "hashes"), digests)
+        return 0
+
+    def write(self, number: int) -> int:
+        """Writes the shards of a unit and then its entry; returns its tokens."""
+        drop = np.fromfile(_unit_file(self._out, number, "dropped"), bool) if self._settings.deduplicate else None
+        shards: dict[str, ShardWriter] = {}
+        counts = {"empty": 0, "duplicates": 0, "text_bytes": 0}
+        for index, (name, text, digest) in enumerate(self._documents(number)):
+            if not text:
+                counts["empty"] += 1
+            elif drop is not None and drop[index]:
+                counts["duplicates"] += 1
+            else:
+                counts["text_bytes"] += len(text.encode())
+                split = SPLITS[int.from_bytes(digest[:8], "little") < self._settings.validation * 2**64]
+                if split not in shards:
+                    path = self._out / f"{split}-{number:05d}.arrayrecord"
+                    shards[split] = ShardWriter(path, self._plan["dtype"])
+                shards[split].add(encode_document(text, self._tokenizer, name))
+        entry = counts | {"shards": {split: shard.close() for split, shard in sorted(shards.items())}}
+        write_file(_unit_file(self._out, number, "json"), _json(entry))
+        return sum(shard["tokens"] for shard in entry["shards"].values())
+
+    def _documents(self, number: int) -> Iterator[tuple[str, str, bytes]]:
+        """Name, text and hash of the documents of a unit."""
+        for document in self._corpus.read(Unit(*self._plan["units"][number])):
+            yield document.id, document.text, hashlib.sha256(document.text.encode()).digest()
+
+
+def _make_plan(settings: Preparation, out: Path) -> dict[str, Any]:
+    """What all units have in common, and the units: from the folder if it was begun, which must agree."""
+    corpus = Corpus(settings.source, settings.text_field)
+    path = out / PLAN
+    begun = json.loads(path.read_text()) if path.exists() else None
+    units = begun["units"] if begun else corpus.units(settings.unit_bytes)
+    if not units:
+        raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")
+    (out / "units").mkdir(parents=True, exist_ok=True)
+    tokenizer = _own_tokenizer(settings, out, _beginnings(corpus, units))
+    plan = {
+        "format": FORMAT,
+        "settings": {name: value for name, value in asdict(settings).items() if name != "tokenizer"},
+        "source_files": corpus.signature(),
+        "tokenizer": {
+            "file": Path(tokenizer.path).name,
+            "sha256": fingerprint(tokenizer),
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+        },
+        "dtype": np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<").str,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+    if begun is None:
+        write_file(path, _json(plan | {"units": units}))
+    elif changed := [name for name in plan if plan[name] != begun[name]]:
+        differences = "; ".join(f"{name} {begun[name]} there, {plan[name]} now" for name in changed)
+        raise ValueError(f"{out} was begun otherwise: {differences}. Give what was given then, or another folder.")
+    return plan | {"units": units}
+
+
+def _own_tokenizer(settings: Preparation, out: Path, texts: Iterator[str]) -> Tokenizer:
+    """The tokenizer, by a copy of its file in the folder, which then needs nothing else."""
+    if settings.train_vocab:
+        path = out / "tokenizer.model"
+        if not path.exists():
+            train_tokenizer(texts, settings.train_vocab, temporary_name(path))
+            settle(temporary_name(path), path)
+        return load_tokenizer(str(path))
+    tokenizer = load_tokenizer(settings.tokenizer)
+    if not tokenizer.path:
+        return tokenizer
+    path = out / f"tokenizer{Path(tokenizer.path).suffix}"
+    if not path.exists():
+        write_file(path, Path(tokenizer.path).read_bytes())
+    if fingerprint(load_tokenizer(str(path))) != fingerprint(tokenizer):
+        raise ValueError(f"{out} was begun with another tokenizer than {settings.tokenizer!r}. Give another folder.")
+    return load_tokenizer(str(path))
+
+
+def _beginnings(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
+    """Texts from the beginning of every unit: what a tokenizer learns from."""
+    for unit in units:
+        left = _TRAINING_TEXT // len(units)
+        for document in corpus.read(Unit(*unit)):
+            yield document.text[:left]
+            left -= len(document.text)
+            if left <= 0:
+                break
+
+
+def _run(
+    make: Callable[[], _Worker], out: Path, count: int, workers: int, part: tuple[int, int],
+    do: Callable[[_Worker, int], int], suffix: str,
+) -> bool:  # fmt: skip
+    """Does what is missing of a part of the units; returns whether all `count` units are done."""
+    mine = range(count)[part[0] :: part[1]]
+    missing = [number for number in mine if not _is_done(out, number, suffix)]
+    began, tokens = time.perf_counter(), 0
+    with tqdm(
+        total=len(mine), initial=len(mine) - len(missing), desc=do.__name__, unit="unit", dynamic_ncols=True
+    ) as bar:
+        for new in _results(make, do, missing, workers):
+            tokens += new
+            bar.set_postfix(tokens=f"{tokens:,}", tokens_per_s=f"{tokens / (time.perf_counter() - began):,.0f}")
+            bar.update()
+    return all(_is_done(out, number, suffix) for number in range(count))
+
+
+def _results(
+    make: Callable[[], _Worker], do: Callable[[_Worker, int], int], numbers: Sequence[int], workers: int
+) -> Iterator[int]:
+    """What `do` returns for the numbers, as they are done."""
+    workers = min(workers, len(numbers))
+    if workers <= 1:
+        worker = make() if numbers else None
+        yield from (do(worker, number) for number in numbers)
+        return
+    # Not forked: the process may have threads, of jax for one.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (make,)) as pool:
+        try:
+            for done in as_completed([pool.submit(_call, do, number) for number in numbers]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "A worker was killed, by the system for its memory perhaps. What is complete stays: the same command "
+                "goes on, with fewer --workers if need be."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(make: Callable[[], _Worker]) -> None:
+    global _worker
+    _worker = make()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _call(do: Callable[[_Worker, int], int], number: int) -> int:
+    return do(_worker, number)
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _mark_duplicates(out: Path, count: int) -> None:
+    """Writes for every unit which of its documents occur earlier, in it or in a unit before it."""
+    if all(_is_done(out, number, "dropped") for number in range(count)):
+        return
+    hashes = [np.fromfile(_unit_file(out, number, "hashes"), "<u8").reshape(-1, 2) for number in range(count)]
+    joined = np.concatenate(hashes)
+    order = np.lexsort(joined.T)  # stable: equal hashes stay in the source's order
+    repeated = np.zeros(len(joined), bool)
+    repeated[order[1:]] = (joined[order[1:]] == joined[order[:-1]]).all(1)
+    borders = np.cumsum([len(part) for part in hashes])[:-1]
+    for number, part in enumerate(np.split(repeated, borders)):
+        write_file(_unit_file(out, number, "dropped"), part.tobytes())
+
+
+def _finish(plan: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Writes and returns the manifest."""
+    entries = [json.loads(_unit_file(out, number, "json").read_text()) for number in range(len(plan["units"]))]
+    manifest = {name: value for name, value in plan.items() if name != "units"} | {
+        "split_rule": _SPLIT_RULE,
+        **{name: sum(entry[name] for entry in entries) for name in ("empty", "duplicates", "text_bytes")},
+        "splits": {},
+    }
+    for split in SPLITS:
+        shards = [entry["shards"][split] for entry in entries if split in entry["shards"]]
+        totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
+        manifest["splits"][split] = totals | {"shards": shards}
+    if not manifest["splits"]["train"]["shards"]:
+        raise ValueError(
+            f"source={plan['settings']['source']!r} holds no documents to train on; it must hold at least one."
+        )
+    _clean(out)
+    write_file(out / MANIFEST, _json(manifest))
+    return manifest
+
+
+def _clean(out: Path) -> None:
+    """Removes what killed runs were writing."""
+    for pattern in ("*.tmp", "units/*.tmp"):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def _is_done(out: Path, number: int, suffix: str) -> bool:
+    path = _unit_file(out, number, suffix)
+    if suffix != "json" or not path.exists():
+        return path.exists()
+    shards = json.loads(path.read_text())["shards"].values()
+    return all((out / s["file"]).exists() and (out / s["file"]).stat().st_size == s["bytes"] for s in shards)
+
+
+def _unit_file(out: Path, number: int, suffix: str) -> Path:
+    return out / "units" / f"{number:05d}.{suffix}"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
