@@ -5,13 +5,14 @@ ranges in the kind's own coordinate; and `read(start, stop)`, the documents that
 all from `start`.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -39,17 +40,17 @@ class Lines:
     def size(self) -> int:
         if self._open is open:
             return self._path.stat().st_size
-        with self._open(self._path, "rb") as file:
-            return sum(map(len, self._checked(iter(lambda: file.read(1 << 20), b""))))
+        with self._checked() as file:
+            return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 
     def cuts(self, size: int, count: int) -> list[int]:
         return _even(size, count)
 
     def read(self, start: int, stop: int | None = None) -> Iterator[Document]:
-        with self._open(self._path, "rb") as file:
+        with self._checked() as file:
             begin = self._skip(file, start)
             # Binary lines end at "\n" alone; str.splitlines would also cut at characters that JSON allows in strings.
-            for number, line in enumerate(self._checked(file), 1):
+            for number, line in enumerate(file, 1):
                 if stop is not None and begin >= stop:
                     return
                 begin += len(line)
@@ -63,9 +64,11 @@ class Lines:
         file.seek(start - 1)  # in a compressed file: by reading up to there
         return start - 1 + len(file.readline())
 
-    def _checked(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[BinaryIO]:
         try:
-            yield from chunks
+            with self._open(self._path, "rb") as file:
+                yield file
         except self._broken as error:
             raise ValueError(f"{self._path} is not a complete {self._path.suffix} file: {error}") from error
 
@@ -125,8 +128,10 @@ class Rows:
         try:
             dataset = datasets.load_dataset("parquet", data_files=list(map(str, paths)), split="train", streaming=True)
             dataset = dataset.reshard()
-        except OSError as error:
-            raise ValueError(f"{paths[0]} or a file beside it is not a complete .parquet file: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{paths[0]} or one of {len(paths) - 1} more is no complete .parquet file: {error}"
+            ) from error
         return cls(dataset, str(paths[0].parent), text_field, sum(path.stat().st_size for path in paths), paths)
 
     @classmethod

@@ -1,12 +1,18 @@
-"""Reading documents from every kind of source, and holding some out."""
+"""Reading documents from every kind of source, whole and in units, and holding some out."""
 
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from idattn.data.corpus import Document, load_documents, split
+from idattn.data.corpus import Corpus, load_documents, split
+from idattn.data.sources import Document
 
 NOVELS = ["emma", "mansfield_park", "northanger_abbey", "persuasion", "pride_and_prejudice", "sense_and_sensibility"]
 ROWS = [Document("b", "first\r\nline\u2028 caf\u00e9"), Document("a", "second")]
@@ -23,7 +29,14 @@ def test_embedded_corpus():
     assert documents[4].text.startswith("PRIDE AND PREJUDICE\nBy Jane Austen\nChapter 1\nIt is a truth universally")
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [(".jsonl", open), (".jsonl.gz", gzip.open), (".jsonl.xz", lzma.open)])
+def open_zst(path, mode):
+    return pytest.importorskip("backports.zstd").open(path, mode)
+
+
+OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open, ".jsonl.zst": open_zst}
+
+
+@pytest.mark.parametrize(("suffix", "opener"), OPENERS.items())
 def test_jsonl_keeps_order_and_characters(tmp_path, suffix, opener):
     path = tmp_path / f"rows{suffix}"
     with opener(path, "wb") as file:
@@ -68,13 +81,16 @@ def test_malformed_jsonl(tmp_path, content, message):
         load_documents(str(path))
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(("suffix", "opener"), [item for item in OPENERS.items() if item[0] != ".jsonl"])
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"plain" + data], ids=["cut", "no_magic"])
-def test_damaged_archive(tmp_path, suffix, pack, damage):
-    path = tmp_path / f"rows.jsonl{suffix}"
-    path.write_bytes(damage(pack(jsonl({"text": "x" * 1000}))))
-    with pytest.raises(ValueError, match=f"rows.jsonl{suffix} is not a complete {suffix} file"):
-        load_documents(str(path))
+def test_damaged_archive(tmp_path, suffix, opener, damage):
+    path = tmp_path / f"rows{suffix}"
+    with opener(path, "wb") as file:
+        file.write(jsonl({"text": "x" * 1000}))
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (load_documents, lambda source: Corpus(source).units(100)):
+        with pytest.raises(ValueError, match=rf"rows{suffix} is not a complete {path.suffix} file"):
+            read(str(path))
 
 
 def test_malformed_text(tmp_path):
@@ -94,6 +110,93 @@ def test_unusable_paths(tmp_path):
     (tmp_path / "rows.csv").touch()
     with pytest.raises(ValueError, match=r"rows\.csv' must be a folder or end in one of \.jsonl, \.jsonl\.gz"):
         load_documents(str(tmp_path / "rows.csv"))
+
+
+def cut(corpus, unit_bytes):
+    """The documents of every unit."""
+    return [list(corpus.read(unit)) for unit in corpus.units(unit_bytes)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 200), st.sampled_from(list(OPENERS)))
+def test_units_of_lines(tmp_path_factory, lengths, unit_bytes, suffix):
+    path = tmp_path_factory.mktemp("lines") / f"rows{suffix}"
+    texts = ["é" * length for length in lengths]
+    with OPENERS[suffix](path, "wb") as file:
+        file.write(jsonl(*({"text": text} for text in texts)))
+    units = cut(Corpus(str(path)), unit_bytes)
+    assert [document.text for unit in units for document in unit] == texts
+    longest = max((len(line) for line in jsonl(*({"text": text} for text in texts)).splitlines()), default=0)
+    assert all(sum(len(document.text.encode()) for document in unit) <= unit_bytes + longest for unit in units)
+    with pytest.raises(ValueError, match=r"line 1( after byte \d+)?: not valid JSON"):
+        with OPENERS[suffix](path, "wb") as file:
+            file.write(jsonl(*({"text": text} for text in texts)) + b"\n{" * 2)
+        cut(Corpus(str(path)), 1)
+
+
+def test_units_of_a_folder(tmp_path):
+    """Files of all kinds: JSONL by name, then Parquet by row groups, then texts."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "deep").mkdir()
+    for name in ("z", "deep/y", "a"):
+        (tmp_path / f"{name}.txt").write_text(name * 30)
+    (tmp_path / "b.jsonl").write_bytes(jsonl({"text": "of b"}))
+    (tmp_path / "deep" / "c.jsonl").write_bytes(jsonl({"text": "of c"}))
+    rows = {"id": ["one", "two", "three"], "text": ["1", None, "3"], "other": [0, 0, 0]}
+    pq.write_table(pa.table(rows), tmp_path / "d.parquet", row_group_size=2)
+    corpus = Corpus(str(tmp_path))
+    expected = [
+        *(("b.jsonl:1", "of b"), ("c.jsonl:1", "of c"), ("one", "1"), ("two", ""), ("three", "3")),
+        *(("a", "a" * 30), ("deep/y", "deep/y" * 30), ("z", "z" * 30)),
+    ]
+    assert list(corpus) == expected
+    assert [document.id for document in load_documents(str(tmp_path))] == [name for name, text in expected if text]
+    units = cut(corpus, 100)
+    assert [document for unit in units for document in unit] == expected
+    assert [len(unit) for unit in units] == [1, 1, 2, 1, 2, 1]
+    assert [document for unit in cut(corpus, 1) for document in unit] == expected
+    with pytest.raises(ValueError, match=r"no column 'txt'; text_field must be one of \['id', 'text', 'other'\]"):
+        Corpus(str(tmp_path), "txt")
+    other = Corpus(str(tmp_path / "b.jsonl"), "body")
+    with pytest.raises(ValueError, match="the text must be a string that is not empty, not None"):
+        list(other)
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"d\.parquet or one of 0 more is no complete \.parquet file"):
+        Corpus(str(tmp_path)).units(100)
+
+
+def test_local_datasets(tmp_path):
+    """What the hub's library reads of a folder, as a stream, and of one that it saved."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"body": [f"text {number}" for number in range(20)]})
+    rows.to_parquet(tmp_path / "hub" / "train.parquet", batch_size=5)
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "both")
+    for source in (f"hf:{tmp_path / 'hub'}", f"hf:{tmp_path / 'saved'}", f"hf:{tmp_path / 'both'},,test"):
+        corpus = Corpus(source, "body")
+        assert [document.text for document in corpus] == rows["body"]
+        assert [document.text for unit in cut(corpus, 50) for document in unit] == rows["body"]
+        assert len(corpus.units(50)) > 2
+
+
+def test_without_a_network():
+    """What is said where the hub is out of reach, here because its library is told so."""
+    code = """
+from idattn.data import Corpus, load_tokenizer
+for load, name in (Corpus, "hf:HuggingFaceFW/fineweb-edu,sample-10BT"), (load_tokenizer, "meta-llama/Llama-2-7b-hf"):
+    try:
+        load(name)
+    except ConnectionError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "source='hf:HuggingFaceFW/fineweb-edu,sample-10BT' is out of reach" in done.stdout
+    assert "Without a network give local files: --source=FOLDER with what `hf download" in done.stdout
+    assert "tokenizer='meta-llama/Llama-2-7b-hf' could not be had from the Hugging Face hub" in done.stdout
+    assert "give the path of a local tokenizer.model or tokenizer.json, or 'bytes'" in done.stdout
 
 
 def test_split_keeps_order():

@@ -1,15 +1,17 @@
-"""Both tokenizers: round trips, ids, and errors."""
+"""Tokenizers of every kind: round trips, ids, training, and errors."""
 
 import importlib.resources
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idattn.data.tokenizer import load_tokenizer
+from idattn.data.corpus import load_documents
+from idattn.data.tokenizer import encode_document, fingerprint, load_tokenizer, train_tokenizer
 
 TEXT = "  Emma\n\nWoodhouse,\tnaïve 😀 <s> "
 
@@ -20,6 +22,27 @@ def model_path(tmp_path_factory):
     pytest.importorskip("mistral_common")
     path = tmp_path_factory.mktemp("tokenizer") / "mistral.model"
     shutil.copy(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory):
+    """A byte-level BPE as GPT-2's, whose file asks to cut texts short and to add tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", "<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([document.text[:20_000] for document in load_documents("austen")], trainer)
+    model.enable_truncation(5)
+    model.enable_padding(length=8)
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    model.save(str(path))
     return str(path)
 
 
@@ -52,6 +75,57 @@ def test_sentencepiece(model_path):
     assert tokenizer.decode([1, *ids]) == TEXT
     assert tokenizer.decode(np.zeros(0, np.int32)) == ""
     assert tokenizer.encode("").shape == (0,)
+
+
+def test_json(json_path):
+    tokenizer = load_tokenizer(json_path)
+    text = TEXT + " <|endoftext|> It is a truth universally acknowledged"
+    ids = tokenizer.encode(text)
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (600, 1)
+    assert ids.dtype == np.int32 and 5 < len(ids) < len(text.encode())
+    assert not np.isin(ids, [0, 1]).any()  # no padding; the text's own "<|endoftext|>" is text
+    assert tokenizer.decode([1, *ids]) == text
+    assert tokenizer.encode("").shape == (0,)
+    with pytest.raises(ValueError, match="id 600 is outside the vocabulary, 0 to 599"):
+        tokenizer.decode([600])
+
+
+def test_json_errors(json_path, tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json' is not a file of the package tokenizers"):
+        load_tokenizer(str(tmp_path / "bad.json"))
+    text = Path(json_path).read_text().replace("<|endoftext|>", "<|end|>")
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match="has no token to start documents; it must have one of <s>,"):
+        load_tokenizer(str(tmp_path / "other.json"))
+
+
+def test_training(tmp_path):
+    pytest.importorskip("sentencepiece")
+    texts = [document.text[:60_000] for document in load_documents("austen")]
+    lines = "".join(texts)
+    for name, parts in (("a", texts), ("again", texts), ("joined", [lines.replace("\n", " ")])):
+        train_tokenizer(parts, 1000, tmp_path / f"{name}.model")
+    tokenizer, again, joined = (load_tokenizer(str(tmp_path / f"{name}.model")) for name in ("a", "again", "joined"))
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (1000, 1)
+    assert fingerprint(tokenizer) == fingerprint(again) != fingerprint(joined)
+    for text in (TEXT, lines, " \r\n\n  x  1234 ", "\ufeff\u00a0\x00\x7f"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(lines)) < 0.45 * len(lines)
+    # A line of 360,000 characters is learned from, where SentencePiece by itself would leave it out.
+    assert len(joined.encode(lines)) < 0.45 * len(lines)
+    with pytest.raises(ValueError, match="training a tokenizer of 100000 pieces failed"):
+        train_tokenizer(["a few words"], 100_000, tmp_path / "large.model")
+
+
+def test_documents_start_with_bos():
+    tokenizer = load_tokenizer("bytes")
+    assert encode_document("hi", tokenizer, "x").tolist() == [256, 104, 105]
+    assert encode_document("", tokenizer, "x").tolist() == [256]
+    for ids, message in (([3, 257], "document 'x' has ids 3 to 257; they must be 0 to 256"), ([1, 256], "256 inside")):
+        tokenizer.encode = lambda text, ids=ids: np.array(ids)
+        with pytest.raises(ValueError, match=message):
+            encode_document("hi", tokenizer, "x")
 
 
 @pytest.mark.parametrize("offset", [-1, 257])
