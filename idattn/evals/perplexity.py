@@ -50,3 +50,35 @@ def mean_loss(
     if sums[1] == 0:
         raise ValueError("There is no target to evaluate on: every position of the batches is masked.")
     return float(sums[0] / sums[1])
+
+
+def token_losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config) -> jax.Array:
+    """(B, T) the loss of each target in nats, 0 where it does not count; arguments as for `batch_loss`."""
+    mask = batch["loss_mask"]
+
+    def total(mask):
+        return batch_loss(graphdef, params, dict(batch) | {"loss_mask": mask}, config)[0]
+
+    return jax.grad(total)(mask) * mask  # the sum is linear in the mask
+
+
+def document_losses(losses: Callable[[Batch], jax.Array], batches: Iterable[Batch], bos_id: int) -> np.ndarray:
+    """The loss of every document that batches hold.
+
+    Args:
+      losses: batch -> (B, T), such as a compiled `token_losses`.
+      batches: consecutive windows of a stream of documents, from its beginning; padding has segment id -1.
+      bos_id: the token that begins every document.
+
+    Returns:
+      (documents, 2) float64: the sum in nats, and the number of targets that count.
+    """
+    last, sums = -1, np.zeros((0, 2))
+    for batch in batches:
+        real = np.asarray(batch["segment_ids"]) >= 0
+        numbers = last + np.cumsum(np.asarray(batch["inputs"])[real] == bos_id)
+        last = numbers[-1]
+        sums = np.pad(sums, ((0, last + 1 - len(sums)), (0, 0)))
+        for column, values in enumerate((losses(batch), batch["loss_mask"])):
+            np.add.at(sums[:, column], numbers, np.asarray(jax.device_get(values), np.float64)[real])
+    return sums

@@ -1,0 +1,94 @@
+"""Time preparing text and reading it back, beside Hugging Face datasets on the same text and what training consumes.
+
+python -m launch.bench_data --source=austen --tokenizer=tokenizer.model
+
+Preparing is timed in one process, in turns with `datasets.map` of the same tokenizer, which must count the same tokens.
+The loader reads shuffled batches of the folder, and is compared with what the 1.3B config consumes on a chip.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+from absl import app, flags
+from tqdm import tqdm
+
+from configs import paper
+from idattn.config import from_config_dict
+from idattn.costs import training_flops_per_token
+from idattn.data import Corpus, Preparation, TokenStream, TokenWindows, load_tokenizer, prepare, train_iterator
+from idattn.train.metrics import device_peak_flops
+
+SOURCE = flags.DEFINE_string("source", "austen", "Text to prepare, as for launch.prepare_data.")
+TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "Tokenizer, as for launch.prepare_data.")
+LIMIT_MB = flags.DEFINE_integer("limit_mb", 16, "Megabytes of text to use.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Runs, of which the best counts.", lower_bound=1)
+SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "T, tokens in a window.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "B, windows in a batch.", lower_bound=1)
+CHIP = flags.DEFINE_string("chip", "TPU v5p", "Chip that trains, by jax's name of its kind.")
+UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Share of its peak that the chip reaches.")
+_BATCHES = 200
+
+
+def main(_):
+    texts, left = [], LIMIT_MB.value << 20
+    for document in Corpus(SOURCE.value):
+        texts.append(document.text[:left])
+        left -= len(texts[-1])
+        if left <= 0:
+            break
+    tokenizer = load_tokenizer(TOKENIZER.value)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "text.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        settings = Preparation(source=str(source), tokenizer=TOKENIZER.value, validation=0.0)
+        ours, theirs = [], []
+        for repeat in tqdm(range(REPEATS.value), desc="prepare and map"):
+            out = Path(folder) / f"{repeat}"
+            ours.append(seconds(lambda out=out: prepare(settings, out)))
+            theirs.append(seconds(lambda repeat=repeat: map_texts(source, tokenizer, Path(folder) / f"cache-{repeat}")))
+        (best, tokens), (best_map, map_tokens) = min(ours), min(theirs)
+        if tokens != map_tokens:
+            raise AssertionError(f"{tokens} tokens by prepare, {map_tokens} by datasets.map.")
+        read = max(read_speed(out, tokenizer.bos_id) for _ in range(REPEATS.value))
+    size = sum(len(text.encode()) for text in texts)
+    model = from_config_dict(paper.get_config("1.3B,interdomain")).model
+    needed = UTILISATION.value * device_peak_flops(CHIP.value) / training_flops_per_token(model, SEQ_LEN.value)
+    print(
+        f"prepare, a process        {tokens / best:>14,.0f} tokens/s  {size / best / 1e6:.2f} MB/s of text\n"
+        f"datasets.map, a process   {tokens / best_map:>14,.0f} tokens/s  prepare: {best_map / best:.2f} times that\n"
+        f"loader, a process         {read:>14,.0f} tokens/s  feeds {read / needed:,.0f} of\n"
+        f"1.3B on a {CHIP.value:<15} {needed:>14,.0f} tokens/s  at {UTILISATION.value:.0%} of its peak"
+    )
+
+
+def seconds(function) -> tuple[float, int]:
+    """How long a function takes, and the tokens that it says it made."""
+    begin = time.perf_counter()
+    result = function()
+    tokens = result if isinstance(result, int) else result["splits"]["train"]["tokens"]
+    return time.perf_counter() - begin, tokens
+
+
+def map_texts(source: Path, tokenizer, cache: Path) -> int:
+    """Tokenizes by datasets.map, in its default batches; returns the tokens, one more a document for BOS."""
+    rows = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(cache))
+    ids = rows.map(lambda batch: {"ids": [tokenizer.encode(text) for text in batch["text"]]}, batched=True)
+    return sum(len(row) + 1 for row in ids.with_format("numpy")["ids"])
+
+
+def read_speed(folder: Path, bos_id: int) -> float:
+    """Tokens per second of the training iterator over a prepared folder."""
+    windows = TokenWindows(TokenStream(folder, "train"), bos_id=bos_id, seq_len=SEQ_LEN.value)
+    batches = train_iterator([windows], BATCH_SIZE.value, 0)
+    next(batches)  # starts the threads
+    begin = time.perf_counter()
+    for _ in range(_BATCHES):
+        next(batches)
+    return _BATCHES * BATCH_SIZE.value * SEQ_LEN.value / (time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    app.run(main)
