@@ -4,8 +4,12 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
@@ -380,3 +384,63 @@ def test_windows_touch_few_records(prepared, monkeypatch):
     for start in range(0, 20_000, 500):
         tokens[start : start + 49]
     assert max(touched) <= 2 and 40 <= sum(touched) <= 44
+
+
+CHILD = """
+import sys
+from idattn.data import Preparation, prepare
+
+if __name__ == "__main__":
+    settings = Preparation(source="austen", train_vocab=1000, validation=0.3, deduplicate=True, unit_bytes=40_000)
+    prepare(settings, sys.argv[1], workers=int(sys.argv[2]))
+"""
+
+
+def children_of(process):
+    """Ids of the workers of a running process; multiprocessing's tracker of resources is none."""
+    ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(number) for number in ids if "spawn_main" in Path(f"/proc/{number}/cmdline").read_text()]
+
+
+def runs(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_same_bytes_after_kills(tmp_path):
+    """SIGKILL at random moments, to the process or to one of its workers: the next run goes on, to the same bytes."""
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+
+    def start(out, workers):
+        command = [sys.executable, str(script), str(out), str(workers)]
+        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+
+    assert start(tmp_path / "whole", 1).wait() == 0
+    rng, out = random.Random(0), tmp_path / "out"
+    for kill in range(14):
+        process = start(out, 2)
+        more = rng.randrange(0, 14)
+        goal = len(list(out.rglob("*"))) + more
+        while process.poll() is None and len(list(out.rglob("*"))) < goal:
+            time.sleep(0.005)
+        time.sleep(rng.random() * (0.05 if more else 2))  # within a unit, or within the start
+        assert process.poll() is None, "the preparation ended before it was killed often enough; make it longer"
+        workers = children_of(process)
+        if workers and kill % 4 == 3:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+            assert process.wait(30) == 1
+            assert "A worker was killed" in process.stderr.read()
+        else:
+            process.kill()
+            process.wait()
+        deadline = time.monotonic() + 30
+        while any(map(runs, workers)):
+            assert time.monotonic() < deadline, "workers live on without the process that they work for"
+            time.sleep(0.01)
+        assert not (out / "manifest.json").exists()
+    assert start(out, 2).wait() == 0
+    assert contents(out) == contents(tmp_path / "whole")
