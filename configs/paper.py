@@ -1,13 +1,15 @@
 """The paper's language models and training recipe (arXiv 2605.24330, section 4, A.2, B.1), at four scales.
 
+python -m launch.prepare_data --source=hf:HuggingFaceFW/fineweb-edu,sample-100BT --out=data/fineweb-edu \
+    --tokenizer=meta-llama/Llama-2-7b-hf
+python -m launch.train --config=configs/paper.py:125M,interdomain --workdir=DIR
 python -m launch.describe --config=configs/paper.py:1.3B,interdomain
-python -m launch.train --config=configs/paper.py:125M,interdomain --workdir=DIR --config.data.source=corpus.jsonl \
-    --config.data.tokenizer=llama2.model --config.data.holdout="('id of a document', ...)"
 
 Scales 125M, 350M, 760M, 1.3B; mixers of `idattn.config.MIXERS`. The paper trains on FineWeb-Edu with the Llama 2
-tokenizer (32,000 pieces): give both as above. Validation perplexity to expect at 125M after 2.5e9 tokens:
-interdomain 16.48, interdomain_norope 16.51, softmax 16.65, single_query 16.94, s4d 19.22, s4d_rope 19.77,
-dual_linear 20.18; at 1.3B after 26e9 tokens: interdomain 7.98, softmax 8.63.
+tokenizer (32,000 pieces), which the first command prepares for all runs (sample-10BT is enough for 125M and 350M); for
+a folder elsewhere set config.data.source, and config.data.tokenizer to the file in it. Validation perplexity to expect
+at 125M after 2.5e9 tokens: interdomain 16.48, interdomain_norope 16.51, softmax 16.65, single_query 16.94, s4d 19.22,
+s4d_rope 19.77, dual_linear 20.18; at 1.3B after 26e9 tokens: interdomain 7.98, softmax 8.63.
 """
 
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from typing import NamedTuple
 from idattn.choices import check_choice
 from idattn.config import MIXERS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
 
+FOLDER = "data/fineweb-edu"
 SEQ_LEN = 4096
 TOKENS_PER_STEP = 524_288
 WARMUP_TOKENS = 375e6
@@ -56,9 +59,7 @@ def get_config(argument: str = "125M,interdomain"):
                 mlp_dim=scale.mlp_dim,
                 mixers=(mixer,),
             ),
-            data=DataConfig(
-                source="fineweb-edu.jsonl", holdout=("validation",), tokenizer="tokenizer.model", seq_len=SEQ_LEN
-            ),
+            data=DataConfig(source=FOLDER, holdout=(), tokenizer=f"{FOLDER}/tokenizer.model", seq_len=SEQ_LEN),
             optim=OptimConfig(peak_lr=scale.peak_lr, warmup_steps=round(WARMUP_TOKENS / TOKENS_PER_STEP)),
             train=TrainConfig(
                 steps=round(scale.tokens / TOKENS_PER_STEP),

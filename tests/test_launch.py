@@ -88,6 +88,46 @@ def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
     assert len(list((tmp_path / "new" / "profile").rglob("*.xplane.pb"))) == 1
 
 
+def test_data(start, tmp_path):
+    """Text to a prepared folder, its inspection, training on it, and the perplexity of what was held out."""
+    rows = [{"text": f"document {number} says it again; " * 20} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, workdir = tmp_path / "folder", tmp_path / "run"
+    command = [f"--source={tmp_path / 'rows.jsonl'}", "--tokenizer=bytes", f"--out={folder}", "--validation=0.4"]
+    first, second = (start("prepare_data", *command, "--unit_mb=1", f"--part={number}/2") for number in (1, 0))
+    assert first.stdout == f"part 1/2 is done; {folder} misses units of other parts\n", first.stderr
+    assert second.stdout.startswith(f"{folder} is complete: "), second.stderr
+    settings = second.stdout.splitlines()[1].removeprefix("to train on it: ").replace("'", "").split()
+
+    seen = start("inspect_data", folder, "--sample_tokens=40")
+    assert seen.returncode == 0, seen.stderr
+    assert "2 shards verified" in seen.stdout and "--- document of the split number 0 ---\ndocument " in seen.stdout
+    shard = folder / "train-00000.arrayrecord"
+    data = shard.read_bytes()
+
+    tiny = [flag for flag in TINY if "holdout" not in flag and "eval_batches" not in flag]
+    done = start("train", *tiny, *settings, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert f"validation loss on the validation documents of {folder}, nats per token\n  1-gram" in done.stdout
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    windows = -(-sum(len(row["text"]) for row in rows) // 16)
+    assert all(0 < 2 * row["step"] / windows < row["epoch"] for row in metrics if "epoch" in row)
+    assert [row["step"] for row in metrics if "epoch" in row] == [1, 2, 3]
+
+    printed = start("perplexity", f"--checkpoint={workdir}")
+    assert printed.returncode == 0, printed.stderr
+    table = [line.split(maxsplit=3) for line in printed.stdout.splitlines()[2:]]
+    held_out = [number for number in range(12) if f"'document {number} says'" in printed.stdout]
+    assert [row[3] for row in table] == [*(f"'document {number} says'" for number in held_out), "all of them"]
+    assert [int(row[0].replace(",", "")) for row in table[:-1]] == [len(rows[n]["text"]) for n in held_out]
+    assert table[-1][1] == f"{metrics[-1]['val_loss']:.4f}"
+
+    shard.write_bytes(data.replace(b"s\0a\0y\0s\0", b"s\0a\0i\0d\0", 1))
+    seen = start("inspect_data", folder)
+    assert seen.returncode == 1
+    assert "train-00000.arrayrecord is damaged: " in seen.stdout and "at byte" in seen.stdout
+
+
 def test_generate_and_export(start, trained, tmp_path):
     """What `tests/test_generate.py` starts in its own process; here from a run's checkpoint, and from its export."""
     _, workdir = trained
