@@ -13,15 +13,14 @@ On several machines that share a folder: --engine=slurm or ray, by datatrove (pi
 on machine i of n with --part=i/n, and again until one says that the folder is complete.
 """
 
-import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 
 from idattn.data import Preparation, prepare
+from idattn.data.cluster import submit
 
 SOURCE = flags.DEFINE_string(
     "source", None, "'austen', hf:NAME[@REVISION][,CONFIG[,SPLIT]], .jsonl[.gz|.xz|.zst], .parquet, .txt or a folder.",
@@ -54,7 +53,8 @@ def main(_):
         unit_bytes=UNIT_MB.value << 20,
     )
     if ENGINE.value != "local":
-        return submit(settings, OUT.value, ENGINE.value, TASKS.value, json.loads(ENGINE_OPTIONS.value))
+        options = json.loads(ENGINE_OPTIONS.value)
+        return submit(settings, OUT.value, engine=ENGINE.value, tasks=TASKS.value, **options)
     number, _, count = PART.value.partition("/")
     manifest = prepare(settings, OUT.value, workers=WORKERS.value, part=(int(number), int(count)))
     if manifest is None:
@@ -68,26 +68,6 @@ def main(_):
         f"and {manifest['duplicates']:,} duplicates\nto train on it: --config.data.source={OUT.value} "
         f"--config.data.tokenizer={Path(OUT.value) / file if file else 'bytes'} --config.data.holdout='()'"
     )
-
-
-def submit(settings: Preparation, out: str, engine: str, tasks: int, options: dict[str, Any]) -> None:
-    """Runs the parts by datatrove, twice where duplicates are looked for."""
-    try:
-        from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
-    except ImportError as error:
-        raise ImportError(f"--engine={engine} needs the package datatrove: pip install idattn[cluster].") from error
-    executor = {"slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}[engine]
-    out, last = Path(out).absolute(), None
-    for turn in range(1 + settings.deduplicate):
-        logs = str(out.with_name(f"{out.name}-logs") / str(turn))
-        step = functools.partial(run_part, settings, str(out))
-        last = executor([step], tasks=tasks, logging_dir=logs, depends=last, **options)
-    last.run()
-
-
-def run_part(settings: Preparation, out: str, data: Any, rank: int = 0, world_size: int = 1) -> None:
-    """A step of a datatrove pipeline."""
-    prepare(settings, out, part=(rank, world_size))
 
 
 if __name__ == "__main__":

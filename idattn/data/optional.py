@@ -4,9 +4,10 @@ import importlib
 from types import ModuleType
 
 
-def load(package: str, user: str) -> ModuleType:
+def load(package: str, user: str, extra: str = "data") -> ModuleType:
     """The package that `user` needs; an ImportError that says how to install it where it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{user} needs the package {package.replace('.', '-')}: pip install idattn[data].") from error
+        distribution = package if package.startswith("backports") else package.split(".")[0]
+        raise ImportError(f"{user} needs the package {distribution}: pip install idattn[{extra}].") from error

@@ -444,3 +444,39 @@ def test_same_bytes_after_kills(tmp_path):
         assert not (out / "manifest.json").exists()
     assert start(out, 2).wait() == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+SBATCH = """#!{python}
+import os, pathlib, re, subprocess, sys
+jobs = pathlib.Path({jobs!r})
+jobs.write_text(jobs.read_text() + " ".join(sys.argv[1:-1]) + "\\n")
+last = re.search("--array=0-([0-9]+)", pathlib.Path(sys.argv[-1]).read_text())[1]
+for task in reversed(range(int(last) + 1)):
+    environment = os.environ | {{"SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "localhost"}}
+    subprocess.run(["bash", sys.argv[-1]], env=environment, check=True, stdout=sys.stderr)
+print("Submitted batch job", len(jobs.read_text().splitlines()))
+"""
+
+
+@pytest.mark.slow
+def test_same_bytes_from_slurm(prepared, settings, tmp_path):
+    """datatrove submits two array jobs, here to a stand-in for sbatch that runs their tasks from last to first."""
+    pytest.importorskip("datatrove")
+    sbatch, jobs = tmp_path / "bin" / "sbatch", tmp_path / "jobs"
+    sbatch.parent.mkdir()
+    jobs.touch()
+    sbatch.write_text(SBATCH.format(python=sys.executable, jobs=str(jobs)))
+    sbatch.with_name("scontrol").write_text("#!/bin/sh\necho localhost\n")
+    for program in sbatch.parent.iterdir():
+        program.chmod(0o755)
+    command = [
+        *(sys.executable, "-m", "launch.prepare_data", f"--source={settings.source}", "--tokenizer=bytes"),
+        *(f"--validation={VALIDATION}", "--deduplicate", "--unit_mb=1", f"--out={tmp_path / 'out'}", "--engine=slurm"),
+        *("--tasks=2", '--engine_options={"partition": "cpu", "time": "1:00", "with_srun": false}'),
+    ]
+    path = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in jobs.read_text().splitlines() if "--dependency=afterok:" in line]
+    prepare(dataclasses.replace(settings, unit_bytes=1 << 20), tmp_path / "here")
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
