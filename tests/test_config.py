@@ -134,6 +134,7 @@ BROKEN = [
     unknown(COMPUTE, "remat", "blocks", "block"),
     *at_least(DATA, 1, "seq_len"),
     unknown(DATA, "documents", "rest", "reset"),
+    *((DATA, {"weights": weights}, f"weights={weights} must be greater than 0.") for weights in ((1.0, 0.0), (-1.0,))),
     *positive(OPTIM, "peak_lr", "clip_norm", "eps", "ssm_lr_cap"),
     *at_least(OPTIM, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2"),
     *at_least(

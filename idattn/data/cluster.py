@@ -6,7 +6,7 @@ from typing import Any
 
 from idattn.choices import check_choice
 from idattn.data import optional
-from idattn.data.preparation import Preparation, prepare
+from idattn.data.preparation import Preparation, begin, prepare
 
 _EXECUTORS = {"slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 
@@ -28,6 +28,7 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
     check_choice("engine", engine, _EXECUTORS)
     executor = getattr(optional.load("datatrove.executor", f"engine={engine!r}", extra="cluster"), _EXECUTORS[engine])
     folder, last = Path(out).absolute(), None
+    begin(settings, folder)  # here, where the tokenizer can be had
     for turn in range(1 + settings.deduplicate):
         logs = folder.with_name(f"{folder.name}-logs") / str(turn)
         step = functools.partial(_run_part, settings, str(folder))

@@ -31,7 +31,7 @@ _TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
     "validation: first 8 bytes of the text's SHA-256, little-endian, below validation * 2^64; train: the others"
 )
-_LIBRARIES = ("array-record", "datasets", "sentencepiece", "tokenizers")  # what the bytes depend on
+_LIBRARIES = {".model": ("sentencepiece",), ".json": ("tokenizers",)}  # by a tokenizer's file: what makes its ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def prepare(
     if workers < 1 or not 0 <= part[0] < part[1]:
         raise ValueError(f"workers={workers} must be at least 1, and part={part} (i, n) with i from 0 to n - 1.")
     out = Path(out)
-    plan = _make_plan(settings, out)
+    plan = begin(settings, out)
     if part[1] == 1:
         _clean(out)
     run = functools.partial(
@@ -141,53 +141,58 @@ class _Worker:
             yield document.id, document.text, hashlib.sha256(document.text.encode()).digest()
 
 
-def _make_plan(settings: Preparation, out: Path) -> dict[str, Any]:
+def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
     """What all units have in common, and the units: from the folder if it was begun, which must agree."""
+    out = Path(out)
     corpus = Corpus(settings.source, settings.text_field)
-    path = out / PLAN
-    begun = json.loads(path.read_text()) if path.exists() else None
-    units = begun["units"] if begun else corpus.units(settings.unit_bytes)
-    if not units:
-        raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")
-    (out / "units").mkdir(parents=True, exist_ok=True)
-    tokenizer = _own_tokenizer(settings, out, _beginnings(corpus, units))
     plan = {
         "format": FORMAT,
         "settings": {name: value for name, value in asdict(settings).items() if name != "tokenizer"},
         "source_files": corpus.signature(),
-        "tokenizer": {
-            "file": Path(tokenizer.path).name,
-            "sha256": fingerprint(tokenizer),
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-        },
-        "dtype": np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<").str,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
     }
-    if begun is None:
-        write_file(path, _json(plan | {"units": units}))
-    elif changed := [name for name in plan if plan[name] != begun[name]]:
-        differences = "; ".join(f"{name} {begun[name]} there, {plan[name]} now" for name in changed)
-        raise ValueError(f"{out} was begun otherwise: {differences}. Give what was given then, or another folder.")
-    return plan | {"units": units}
+    path = out / PLAN
+    if path.exists():
+        begun = json.loads(path.read_text())
+        given = settings.tokenizer  # the folder has a copy, so that a machine without the original can go on
+        if given != begun["tokenizer"]["name"]:
+            plan["tokenizer"] = begun["tokenizer"] | {"sha256": fingerprint(load_tokenizer(given))}
+        plan["libraries"] = {name: _version(name) for name in begun["libraries"]}
+        if changed := [name for name in plan if plan[name] != begun[name]]:
+            differences = "; ".join(f"{name} {begun[name]} there, {plan[name]} now" for name in changed)
+            raise ValueError(f"{out} was begun otherwise: {differences}. Give what was given then, or another folder.")
+        return begun
+    units = corpus.units(settings.unit_bytes)
+    if not units:
+        raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")
+    (out / "units").mkdir(parents=True, exist_ok=True)
+    tokenizer = _own_tokenizer(settings, out, _beginnings(corpus, units))
+    file = Path(tokenizer.path).name
+    plan["tokenizer"] = {
+        "name": settings.tokenizer,
+        "file": file,
+        "sha256": fingerprint(tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+    }
+    plan["libraries"] = {name: _version(name) for name in ("array-record", *_LIBRARIES.get(Path(file).suffix, ()))}
+    plan["dtype"] = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<").str
+    plan["units"] = units
+    write_file(path, _json(plan))
+    return plan
 
 
 def _own_tokenizer(settings: Preparation, out: Path, texts: Iterator[str]) -> Tokenizer:
     """The tokenizer, by a copy of its file in the folder, which then needs nothing else."""
     if settings.train_vocab:
         path = out / "tokenizer.model"
-        if not path.exists():
-            train_tokenizer(texts, settings.train_vocab, temporary_name(path))
-            settle(temporary_name(path), path)
+        train_tokenizer(texts, settings.train_vocab, temporary_name(path))
+        settle(temporary_name(path), path)
         return load_tokenizer(str(path))
     tokenizer = load_tokenizer(settings.tokenizer)
     if not tokenizer.path:
         return tokenizer
     path = out / f"tokenizer{Path(tokenizer.path).suffix}"
-    if not path.exists():
-        write_file(path, Path(tokenizer.path).read_bytes())
-    if fingerprint(load_tokenizer(str(path))) != fingerprint(tokenizer):
-        raise ValueError(f"{out} was begun with another tokenizer than {settings.tokenizer!r}. Give another folder.")
+    write_file(path, Path(tokenizer.path).read_bytes())
     return load_tokenizer(str(path))
 
 
@@ -195,7 +200,7 @@ def _beginnings(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
     """Texts from the beginning of every unit: what a tokenizer learns from."""
     for unit in units:
         left = _TRAINING_TEXT // len(units)
-        for document in corpus.read(Unit(*unit)):
+        for document in corpus.read(unit):
             yield document.text[:left]
             left -= len(document.text)
             if left <= 0:
@@ -245,12 +250,12 @@ def _results(
 
 def _start(make: Callable[[], _Worker]) -> None:
     global _worker
-    _worker = make()
+    _worker = functools.cache(make)  # made by the first unit, which can say what fails
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _call(do: Callable[[_Worker, int], int], number: int) -> int:
-    return do(_worker, number)
+    return do(_worker(), number)
 
 
 def _die_with_parent() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -17,7 +18,19 @@ import numpy as np
 import pytest
 
 from idattn.config import DataConfig
-from idattn.data import Preparation, TokenStream, load_data, preparation, prepare, read_manifest, stream, verify
+from idattn.data import (
+    Preparation,
+    TokenStream,
+    load_data,
+    load_documents,
+    load_tokenizer,
+    preparation,
+    prepare,
+    read_manifest,
+    stream,
+    train_tokenizer,
+    verify,
+)
 from idattn.data.loader import TokenWindows, count_epochs, eval_batches, train_iterator
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +90,8 @@ def copy(folder, to):
     return to
 
 
-def held_out(text):
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64 < VALIDATION
+def held_out(text, share=VALIDATION):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64 < share
 
 
 def expected_stream(texts, validation):
@@ -106,7 +119,8 @@ def test_manifest(prepared, texts):
     assert (manifest["duplicates"], manifest["empty"]) == (2, 0)
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in set(texts))
     assert sum(split["tokens"] for split in splits.values()) == manifest["text_bytes"] + 58
-    assert manifest["tokenizer"] == {"file": "", "sha256": "bytes", "vocab_size": 257, "bos_id": 256}
+    assert manifest["libraries"] == {"array-record": importlib.metadata.version("array-record")}
+    assert manifest["tokenizer"] == {"name": "bytes", "file": "", "sha256": "bytes", "vocab_size": 257, "bos_id": 256}
     for split in splits.values():
         assert len(split["shards"]) > 3
         for shard in split["shards"]:
@@ -117,9 +131,12 @@ def test_manifest(prepared, texts):
     assert not list(prepared.rglob("*.tmp"))
 
 
-def test_same_bytes_from_four_workers(prepared, settings, tmp_path):
-    prepare(settings, tmp_path / "out", workers=4)
-    assert contents(tmp_path / "out") == contents(prepared)
+def test_same_bytes_from_four_workers(settings, tmp_path):
+    settings = dataclasses.replace(settings, deduplicate=False)
+    for workers in (1, 4):
+        prepare(settings, tmp_path / f"{workers}", workers=workers)
+    assert len(contents(tmp_path / "1")) > 40
+    assert contents(tmp_path / "4") == contents(tmp_path / "1")
 
 
 def test_same_bytes_from_parts_in_any_order(prepared, settings, tmp_path):
@@ -186,6 +203,31 @@ def test_other_settings_are_refused(prepared, settings, tmp_path):
     with pytest.raises(ValueError, match="was begun otherwise: source_files"):
         prepare(same, begun)
     assert contents(out) == contents(prepared)
+
+
+def test_tokenizer_is_copied(tmp_path, monkeypatch):
+    """A folder goes on without the original, by a path of any name, and not with another tokenizer."""
+    first, second, other = (tmp_path / name for name in ("first.model", "second.model", "other.model"))
+    texts = [document.text[:20_000] for document in load_documents("austen")]
+    for path, size in ((first, 400), (second, 400), (other, 500)):
+        train_tokenizer(texts, size, path)
+    settings = Preparation(source="austen", tokenizer=str(first), validation=0.3)
+    out = tmp_path / "out"
+    prepare(settings, out, part=(0, 2))
+    assert (out / "tokenizer.model").read_bytes() == first.read_bytes()
+    first.unlink()
+    manifest = prepare(settings, out)
+    assert manifest["libraries"]["sentencepiece"] == importlib.metadata.version("sentencepiece")
+    assert prepare(dataclasses.replace(settings, tokenizer=str(second)), out) == manifest
+    with pytest.raises(ValueError, match="was begun otherwise: tokenizer .*'sha256'"):
+        prepare(dataclasses.replace(settings, tokenizer=str(other)), out)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
+    with pytest.raises(ValueError, match="was begun otherwise: libraries .*'array-record': '0.0'"):
+        prepare(settings, out)
+    _, [train], _ = load_data(folder_config([out], tokenizer=str(out / "tokenizer.model")))
+    tokenizer = load_tokenizer(str(second))
+    expected = [[1, *tokenizer.encode(d.text)] for d in load_documents("austen") if not held_out(d.text, 0.3)]
+    np.testing.assert_array_equal(train.stream[:], np.concatenate(expected))
 
 
 @pytest.mark.parametrize(
