@@ -149,7 +149,7 @@ def train_iterator(
       batch_size: B, at least 1.
       seed: at least 0.
       rows: the rows of every batch to read, ascending; None for all.
-      weights: the share of windows from each of several sources, interleaved evenly; each source has its own epochs.
+      weights: the share of windows from each of several sources, to 1 %; interleaved evenly, each with its own epochs.
 
     Returns:
       A checkpointable iterator over dicts of (rows, T) arrays, the keys those of `TokenWindows`.

@@ -9,5 +9,5 @@ def load(package: str, user: str, extra: str = "data") -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        distribution = package if package.startswith("backports") else package.split(".")[0]
+        distribution = "backports.zstd" if package.startswith("backports") else package.split(".")[0]
         raise ImportError(f"{user} needs the package {distribution}: pip install idattn[{extra}].") from error

@@ -102,7 +102,6 @@ class _Worker:
     """Does units one after another."""
 
     def __init__(self, settings: Preparation, plan: dict[str, Any], out: Path):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the units are what runs in parallel
         self._settings, self._plan, self._out = settings, plan, out
         self._corpus = Corpus(settings.source, settings.text_field)
         file = plan["tokenizer"]["file"]
@@ -126,7 +125,8 @@ class _Worker:
                 counts["duplicates"] += 1
             else:
                 counts["text_bytes"] += len(text.encode())
-                split = SPLITS[int.from_bytes(digest[:8], "little") < self._settings.validation * 2**64]
+                held_out = int.from_bytes(digest[:8], "little") < self._settings.validation * 2**64
+                split = "validation" if held_out else "train"
                 if split not in shards:
                     path = self._out / f"{split}-{number:05d}.arrayrecord"
                     shards[split] = ShardWriter(path, self._plan["dtype"])
@@ -293,15 +293,15 @@ def _finish(plan: dict[str, Any], out: Path) -> dict[str, Any]:
         raise ValueError(
             f"source={plan['settings']['source']!r} holds no documents to train on; it must hold at least one."
         )
-    _clean(out)
+    _clean(out, but=MANIFEST)  # which another part may be writing, too
     write_file(out / MANIFEST, _json(manifest))
     return manifest
 
 
-def _clean(out: Path) -> None:
-    """Removes what killed runs were writing."""
-    for pattern in ("*.tmp", "units/*.tmp"):
-        for path in out.glob(pattern):
+def _clean(out: Path, but: str = " ") -> None:
+    """Removes what killed runs were writing, but for files of one name."""
+    for path in (*out.glob("*.tmp"), *out.glob("units/*.tmp")):
+        if not path.name.startswith(but):
             path.unlink()
 
 

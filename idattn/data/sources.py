@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from idattn.data import optional
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
+_COMPRESSED_CUTS = 16  # ranges of a file: each unpacks all that is before it
 _LOCAL_SHARDS = 1024  # of a dataset from `save_to_disk`, which has no row groups
 
 
@@ -44,7 +45,7 @@ class Lines:
             return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 
     def cuts(self, size: int, count: int) -> list[int]:
-        return _even(size, count)
+        return _even(size, count if self._open is open else min(count, _COMPRESSED_CUTS))
 
     def read(self, start: int, stop: int | None = None) -> Iterator[Document]:
         with self._checked() as file:

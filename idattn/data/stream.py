@@ -11,17 +11,20 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from idattn.data import optional
 
 BLOCK = 8192  # tokens: a window touches one or two records, which are checked by their own hash when they are read
 MANIFEST, PLAN = "manifest.json", "plan.json"
 SPLITS = ("train", "validation")
-FORMAT = 1
+FORMAT = 1  # of the folder, BLOCK included
 _OPEN_FILES = 256  # at most, far below the usual limit of 1024
 
 
@@ -30,7 +33,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: str):
         self._path, self._temporary = path, temporary_name(path)
-        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+        self._writer = _array_record().ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
         self._pending, self._tokens, self._documents = np.zeros(0, dtype), 0, 0
 
     def add(self, document: np.ndarray) -> None:
@@ -195,8 +198,13 @@ def _read_records(path: Path, numbers: range) -> list[bytes]:
 
 
 @functools.lru_cache(_OPEN_FILES)
-def _open(path: str) -> ArrayRecordReader:
-    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768)
+def _open(path: str) -> Any:
+    random_access = "readahead_buffer_size:0,max_parallelism:0"
+    return _array_record().ArrayRecordReader(path, random_access, file_reader_buffer_size=32768)
+
+
+def _array_record() -> ModuleType:
+    return optional.load("array_record.python.array_record_module", "a prepared folder")  # no wheels for Windows
 
 
 def sha256_of(path: Path) -> str:
@@ -207,7 +215,7 @@ def sha256_of(path: Path) -> str:
 
 def temporary_name(path: Path) -> Path:
     """Where this process writes a file before it is complete."""
-    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def write_file(path: Path, data: bytes) -> None:
