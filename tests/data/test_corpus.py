@@ -121,17 +121,23 @@ def cut(corpus, unit_bytes):
 @given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 200), st.sampled_from(list(OPENERS)))
 def test_units_of_lines(tmp_path_factory, lengths, unit_bytes, suffix):
     path = tmp_path_factory.mktemp("lines") / f"rows{suffix}"
-    texts = ["é" * length for length in lengths]
-    with OPENERS[suffix](path, "wb") as file:
-        file.write(jsonl(*({"text": text} for text in texts)))
-    units = cut(Corpus(str(path)), unit_bytes)
-    assert [document.text for unit in units for document in unit] == texts
-    longest = max((len(line) for line in jsonl(*({"text": text} for text in texts)).splitlines()), default=0)
-    assert all(sum(len(document.text.encode()) for document in unit) <= unit_bytes + longest for unit in units)
-    with pytest.raises(ValueError, match=r"line 1( after byte \d+)?: not valid JSON"):
+    lines = [json.dumps({"text": "é" * length}, ensure_ascii=False).encode() + b"\n" for length in lengths]
+
+    def units_of(content):
         with OPENERS[suffix](path, "wb") as file:
-            file.write(jsonl(*({"text": text} for text in texts)) + b"\n{" * 2)
-        cut(Corpus(str(path)), 1)
+            file.write(content)
+        corpus = Corpus(str(path))
+        return [list(corpus.read(unit)) for unit in corpus.units(unit_bytes)]
+
+    units = units_of(b"".join(lines))
+    assert [document.text for unit in units for document in unit] == ["é" * length for length in lengths]
+    size = sum(map(len, lines))
+    target = unit_bytes if suffix == ".jsonl" else max(unit_bytes, size / 16)
+    for unit in units:
+        assert sum(2 * len(document.text) for document in unit) <= target + 1 + max(map(len, lines))
+    assert len(units) <= -(-size // target)
+    with pytest.raises(ValueError, match=r"line \d+( after byte \d+)?: not valid JSON"):
+        units_of(b"".join(lines) + b"{")
 
 
 def test_units_of_a_folder(tmp_path):
