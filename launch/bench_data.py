@@ -11,14 +11,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
 from absl import app, flags
 from tqdm import tqdm
 
 from configs import paper
 from idattn.config import from_config_dict
 from idattn.costs import training_flops_per_token
-from idattn.data import Corpus, Preparation, TokenStream, TokenWindows, load_tokenizer, prepare, train_iterator
+from idattn.data import (
+    Corpus,
+    Preparation,
+    TokenStream,
+    TokenWindows,
+    load_tokenizer,
+    optional,
+    prepare,
+    train_iterator,
+)
 from idattn.train.metrics import device_peak_flops
 
 SOURCE = flags.DEFINE_string("source", "austen", "Text to prepare, as for launch.prepare_data.")
@@ -74,6 +82,7 @@ def seconds(function) -> tuple[float, int]:
 
 def map_texts(source: Path, tokenizer, cache: Path) -> int:
     """Tokenizes by datasets.map, in its default batches; returns the tokens, one more a document for BOS."""
+    datasets = optional.load("datasets", "launch.bench_data")
     rows = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(cache))
     ids = rows.map(lambda batch: {"ids": [tokenizer.encode(text) for text in batch["text"]]}, batched=True)
     return sum(len(row) + 1 for row in ids.with_format("numpy")["ids"])

@@ -116,9 +116,8 @@ class Rows:
     A shard is a row group of a Parquet file, or a file of another kind. Rows may have no text; the documents are empty.
     """
 
-    def __init__(self, dataset: Any, name: str, text_field: str, num_bytes: int, paths: Sequence[Path] = ()):
-        self.paths, self._dataset, self._name = paths, dataset, name
-        self._text_field, self._num_bytes = text_field, num_bytes
+    def __init__(self, dataset: Any, name: str, text_field: str, paths: Sequence[Path] = ()):
+        self.paths, self._dataset, self._name, self._text_field = paths, dataset, name, text_field
         if dataset.column_names is not None and text_field not in dataset.column_names:
             raise ValueError(f"{name} has no column {text_field!r}; text_field must be one of {dataset.column_names}.")
 
@@ -133,7 +132,7 @@ class Rows:
             raise ValueError(
                 f"{paths[0]} or one of {len(paths) - 1} more is no complete .parquet file: {error}"
             ) from error
-        return cls(dataset, str(paths[0].parent), text_field, sum(path.stat().st_size for path in paths), paths)
+        return cls(dataset, str(paths[0].parent), text_field, paths)
 
     @classmethod
     def of_dataset(cls, source: str, text_field: str) -> "Rows":
@@ -145,8 +144,7 @@ class Rows:
         if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)
             saved = saved[part] if isinstance(saved, dict) else saved
-            dataset = saved.to_iterable_dataset(num_shards=min(len(saved), _LOCAL_SHARDS))
-            return cls(dataset, source, text_field, saved.data.nbytes)
+            return cls(saved.to_iterable_dataset(min(len(saved), _LOCAL_SHARDS)), source, text_field)
         try:
             dataset = datasets.load_dataset(name, config or None, split=part, revision=revision or None, streaming=True)
         except ConnectionError as error:
@@ -155,15 +153,14 @@ class Rows:
                 "what `hf download NAME --repo-type=dataset --local-dir=FOLDER` copied where there is one, or with any "
                 ".parquet, .jsonl or .txt; or 'austen'."
             ) from error
-        info = (dataset.info.splits or {}).get(part)
-        return cls(dataset.reshard(), source, text_field, (info and info.num_bytes) or 0)
+        return cls(dataset.reshard(), source, text_field)
 
     def size(self) -> int:
-        return self._num_bytes
+        return self._dataset.num_shards * sum(len(document.text.encode()) for document in self.read(0, 1))
 
     def cuts(self, size: int, count: int) -> list[int]:
         shards = self._dataset.num_shards
-        return _even(shards, min(count, shards) if size else shards)
+        return _even(shards, min(count, shards) or shards)
 
     def read(self, start: int, stop: int | None = None) -> Iterator[Document]:
         shards = self._dataset.num_shards

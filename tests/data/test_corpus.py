@@ -148,11 +148,11 @@ def test_units_of_a_folder(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name * 30)
     (tmp_path / "b.jsonl").write_bytes(jsonl({"text": "of b"}))
     (tmp_path / "deep" / "c.jsonl").write_bytes(jsonl({"text": "of c"}))
-    rows = {"id": ["one", "two", "three"], "text": ["1", None, "3"], "other": [0, 0, 0]}
+    rows = {"id": ["one", "two", "three"], "text": ["1" * 90, None, "3"], "other": [0, 0, 0]}
     pq.write_table(pa.table(rows), tmp_path / "d.parquet", row_group_size=2)
     corpus = Corpus(str(tmp_path))
     expected = [
-        *(("b.jsonl:1", "of b"), ("c.jsonl:1", "of c"), ("one", "1"), ("two", ""), ("three", "3")),
+        *(("b.jsonl:1", "of b"), ("c.jsonl:1", "of c"), ("one", "1" * 90), ("two", ""), ("three", "3")),
         *(("a", "a" * 30), ("deep/y", "deep/y" * 30), ("z", "z" * 30)),
     ]
     assert list(corpus) == expected
