@@ -1,5 +1,6 @@
 """Windows of tokens over a stream of documents, and their batches for training and validation."""
 
+import hashlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,7 +143,8 @@ def train_iterator(
     """Endless batches of shuffled windows; every epoch has an order of its own, and batches may straddle epochs.
 
     Batch number n is a function of `seed`, n, `batch_size`, `weights` and the windows alone, so the iterator's state is
-    n, for any number of processes: save what `get_state` returns, and give it to `set_state`.
+    n, for any number of processes, and a digest of the data: save what `get_state` returns, and give it to `set_state`,
+    which raises a ValueError if the data have changed.
 
     Args:
       windows: of one source or more, at least `batch_size` in all.
@@ -170,7 +172,34 @@ def train_iterator(
     mixed = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
     batches = grain.MapDataset.source(_Batches(mixed, batch_size, range(batch_size) if rows is None else rows))
     # A few batches ahead by a few threads, which wait for the disk outside of Python; the default keeps 500.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)))
+    return _TrainIterator(
+        iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))), windows
+    )
+
+
+class _TrainIterator(grain.DatasetIterator[Batch]):
+    """Batches whose position can only be restored over the data that it was a position in."""
+
+    def __init__(self, batches: grain.DatasetIterator[Batch], windows: Sequence[TokenWindows]):
+        super().__init__(batches)
+        digest = hashlib.sha256()
+        for part in windows:
+            digest.update(part.stream.digest if isinstance(part.stream, TokenStream) else part.stream)
+        self._batches, self._digest = batches, digest.hexdigest()
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._batches.get_state() | {"data": self._digest}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state.get("data", self._digest) != self._digest:
+            raise ValueError(
+                "The training text or tokenizer is not what it was when this position was saved, so that the run "
+                "cannot go on with what it has not seen. Restore them, or start a new run, from the weights if you like."
+            )
+        self._batches.set_state({"next_index": state["next_index"]})
 
 
 def count_epochs(

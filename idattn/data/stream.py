@@ -71,6 +71,7 @@ class TokenStream:
     Attributes:
       manifest: of the folder.
       documents: number of documents.
+      digest: SHA-256 over the checksums of the split's shards.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str):
@@ -100,6 +101,7 @@ class TokenStream:
                 "on, chosen by their hash. Prepare it anew with another --validation."
             )
         self.documents = sum(shard["documents"] for shard in shards)
+        self.digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).digest()
         self._dtype = np.dtype(self.manifest["dtype"])
 
     def __len__(self) -> int:

@@ -117,14 +117,25 @@ def test_resume_from_orbax_checkpoint(tmp_path):
     _, windows = make([13, 4, 22], 3)
     iterator = train_iterator([windows], 5, 1)
     take(iterator, 7)
+    state = iterator.get_state()
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
         manager.wait_until_finished()
         expected = take(iterator, 9)
         resumed = train_iterator([windows], 5, 1)
         manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
-    assert resumed.get_state() == {"next_index": 7}
+    assert resumed.get_state() == state
+    assert state["next_index"] == 7 and sorted(state) == ["data", "next_index"]
     np.testing.assert_equal(take(resumed, 9), expected)
+
+
+def test_position_in_other_data_is_refused():
+    (_, windows), (_, other) = make([13, 4, 22], 3), make([13, 4, 22], 3, seed=1)
+    state = train_iterator([windows], 5, 1).get_state()
+    train_iterator([make([13, 4, 22], 3)[1]], 5, 1).set_state(state)
+    for changed in ([other], [windows, windows]):
+        with pytest.raises(ValueError, match="training text or tokenizer is not what it was when"):
+            train_iterator(changed, 5, 1, weights=(1, 1)).set_state(state)
 
 
 class Endless(grain.IterDataset):
