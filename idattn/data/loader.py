@@ -161,6 +161,8 @@ def train_iterator(
     """
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size={batch_size} must be at least 1 and seed={seed} at least 0.")
+    if len(windows) > 1 and len(weights) != len(windows):
+        raise ValueError(f"weights={weights} must be one for each of the {len(windows)} sources.")
     total = sum(map(len, windows))
     if total < batch_size:
         raise ValueError(
@@ -172,9 +174,8 @@ def train_iterator(
     mixed = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
     batches = grain.MapDataset.source(_Batches(mixed, batch_size, range(batch_size) if rows is None else rows))
     # A few batches ahead by a few threads, which wait for the disk outside of Python; the default keeps 500.
-    return _TrainIterator(
-        iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))), windows
-    )
+    ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+    return _TrainIterator(iter(batches.to_iter_dataset(ahead)), windows)
 
 
 class _TrainIterator(grain.DatasetIterator[Batch]):
@@ -196,8 +197,8 @@ class _TrainIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         if state.get("data", self._digest) != self._digest:
             raise ValueError(
-                "The training text or tokenizer is not what it was when this position was saved, so that the run "
-                "cannot go on with what it has not seen. Restore them, or start a new run, from the weights if you like."
+                "The training text or tokenizer is not what it was when this position was saved: the run cannot go on "
+                "with what it has not seen. Restore them, or start a new run, from the weights if you like."
             )
         self._batches.set_state({"next_index": state["next_index"]})
 

@@ -216,6 +216,8 @@ def test_batch_errors():
         train_iterator([counting(3)], 0, 0)
     with pytest.raises(ValueError, match="seed=-1 at least 0"):
         train_iterator([counting(3)], 1, -1)
+    with pytest.raises(ValueError, match=r"weights=\(1,\) must be one for each of the 2 sources"):
+        train_iterator([counting(3)] * 2, 1, 0, weights=(1,))
     with pytest.raises(ValueError, match="batch_size=0 and limit=1 must be"):
         eval_batches([counting(3)], 0, 1)
     with pytest.raises(ValueError, match="batch_size=1 and limit=0 must be"):

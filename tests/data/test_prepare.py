@@ -294,6 +294,9 @@ def test_damaged_record(prepared, tmp_path):
     tokens = TokenStream(out, "train")
     with pytest.raises(ValueError, match=message):
         tokens[:]
+    windows = TokenWindows(tokens, bos_id=BOS, seq_len=1000)
+    with pytest.raises(ValueError, match=message):
+        take(train_iterator([windows], 1, 0), len(windows))
     problems = [report.problem for report in verify(out) if report.problem]
     assert len(problems) == 1 and long["file"] in problems[0] and "at byte" in problems[0]
 
