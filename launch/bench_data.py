@@ -2,7 +2,8 @@
 
 python -m launch.bench_data --source=austen --tokenizer=tokenizer.model
 
-Preparing is timed in one process, in turns with `datasets.map` of the same tokenizer, which must count the same tokens.
+Preparing is timed in one process, in turns with `datasets.map` of the same tokenizer, which must count the same tokens;
+both by processor time, so that other work on the machine counts for neither.
 The loader reads shuffled batches of the folder, and is compared with what the 1.3B config consumes on a chip.
 """
 
@@ -65,19 +66,19 @@ def main(_):
     model = from_config_dict(paper.get_config("1.3B,interdomain")).model
     needed = UTILISATION.value * device_peak_flops(CHIP.value) / training_flops_per_token(model, SEQ_LEN.value)
     print(
-        f"prepare, a process        {tokens / best:>14,.0f} tokens/s  {size / best / 1e6:.2f} MB/s of text\n"
-        f"datasets.map, a process   {tokens / best_map:>14,.0f} tokens/s  prepare: {best_map / best:.2f} times that\n"
+        f"prepare, a core           {tokens / best:>14,.0f} tokens/s  {size / best / 1e6:.2f} MB/s of text\n"
+        f"datasets.map, a core      {tokens / best_map:>14,.0f} tokens/s  prepare: {best_map / best:.2f} times that\n"
         f"loader, a process         {read:>14,.0f} tokens/s  feeds {read / needed:,.0f} of\n"
         f"1.3B on a {CHIP.value:<15} {needed:>14,.0f} tokens/s  at {UTILISATION.value:.0%} of its peak"
     )
 
 
 def seconds(function) -> tuple[float, int]:
-    """How long a function takes, and the tokens that it says it made."""
-    begin = time.perf_counter()
+    """The processor time that a function takes, on all threads, and the tokens that it says it made."""
+    begin = time.process_time()
     result = function()
     tokens = result if isinstance(result, int) else result["splits"]["train"]["tokens"]
-    return time.perf_counter() - begin, tokens
+    return time.process_time() - begin, tokens
 
 
 def map_texts(source: Path, tokenizer, cache: Path) -> int:

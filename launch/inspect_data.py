@@ -3,7 +3,7 @@
 python -m launch.inspect_data DIR [--sample_tokens=400]
 
 Prints the manifest, a histogram of the documents' lengths and decoded text in which document borders are marked; exits
-with 1 if a shard or record is damaged.
+with 1 if a shard or record is damaged. A shard that is deleted is made again by the command that prepared the folder.
 """
 
 import sys

@@ -5,8 +5,10 @@ python -m launch.prepare_data --source=hf:HuggingFaceFW/fineweb-edu,sample-10BT 
 python -m launch.prepare_data --source=books.jsonl.zst --train_vocab=8192 --out=data/books --validation=0.02
 
 Interrupted, the same command goes on. FineWeb-Edu's samples are sample-10BT, sample-100BT and sample-350BT; default is
-the whole. Without a network give --tokenizer=tokenizer.model and --source=FOLDER with what was copied from where there
-is one: `hf download HuggingFaceFW/fineweb-edu --repo-type=dataset --include='sample/10BT/*' --local-dir=FOLDER`.
+the whole, and NAME@REVISION pins what may change meanwhile. Without a network give --tokenizer=tokenizer.model and
+--source=FOLDER with what was copied from where there is one:
+
+hf download HuggingFaceFW/fineweb-edu --repo-type=dataset --include='sample/10BT/*' --local-dir=FOLDER
 
 On several machines that share a folder: --engine=slurm or ray, by datatrove (pip install idattn[cluster]), such as
 --engine=slurm --tasks=64 --engine_options='{"partition": "cpu", "time": "8:00:00"}'; or, by whatever starts jobs, this

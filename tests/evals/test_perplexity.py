@@ -1,0 +1,47 @@
+"""Losses of tokens against the model's log-probabilities, and their sums by document."""
+
+import jax
+import numpy as np
+from flax import nnx
+from helpers import assert_close
+
+from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from idattn.data import TokenWindows, eval_batches
+from idattn.evals.perplexity import document_losses, token_losses
+from idattn.nn import LanguageModel
+
+BOS, T = 36, 9
+CONFIG = Config(
+    model=ModelConfig.tiny("softmax"),
+    data=DataConfig(seq_len=T),
+    optim=OptimConfig(peak_lr=1e-3, warmup_steps=0),
+    train=TrainConfig(steps=1, batch_size=2),
+    compute=ComputeConfig(dtype="float32", loss_chunk=5),
+)
+
+
+def make_batches(lengths):
+    """A stream of documents, and batches of 2 of its windows; the last window, and row, are padding in part."""
+    rng = np.random.default_rng(0)
+    stream = np.concatenate([[BOS, *rng.integers(0, BOS, length)] for length in lengths])
+    return stream, list(eval_batches([TokenWindows(stream, bos_id=BOS, seq_len=T)], 2, 100))
+
+
+def test_token_losses():
+    model = nnx.jit(lambda: LanguageModel(CONFIG.model, CONFIG.compute, rngs=nnx.Rngs(0)))()
+    graphdef, params = nnx.split(model)
+    batch = make_batches([3, 4, 25])[1][0]
+    losses = jax.jit(lambda batch: token_losses(graphdef, params, batch, CONFIG))(batch)
+    logits = np.asarray(nnx.jit(lambda m, b: m(b["inputs"], segment_ids=b["segment_ids"])[0])(model, batch), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0] * batch["loss_mask"]
+    assert 0 < (expected == 0).sum() < 5
+    assert_close(losses, expected, "float32", reduction=CONFIG.model.model_dim)
+
+
+def test_document_losses():
+    lengths = [3, 0, 20, 40, 1, 12]  # over borders of windows and batches; one document is empty
+    stream, batches = make_batches(lengths)
+    sums = document_losses(lambda batch: batch["targets"] * batch["loss_mask"], batches, BOS)
+    documents = np.split(stream, np.flatnonzero(stream == BOS))[1:]
+    assert sums.tolist() == [[document[1:].sum(), len(document) - 1] for document in documents]
