@@ -442,12 +442,17 @@ def test_windows_touch_few_records(prepared, monkeypatch):
 
 
 CHILD = """
-import sys
-from idattn.data import Preparation, prepare
+import sys, time
+from idattn.data import Preparation, preparation, prepare
+
+encode = preparation.encode_document
+# In workers, too, which run this file.
+preparation.encode_document = lambda *arguments: time.sleep(0.05) or encode(*arguments)
 
 if __name__ == "__main__":
-    settings = Preparation(source="austen", train_vocab=1000, validation=0.3, deduplicate=True, unit_bytes=40_000)
-    prepare(settings, sys.argv[1], workers=int(sys.argv[2]))
+    source, out, workers = sys.argv[1:]
+    settings = Preparation(source=source, train_vocab=1000, validation=0.3, deduplicate=True, unit_bytes=40_000)
+    prepare(settings, out, workers=int(workers))
 """
 
 
@@ -467,11 +472,13 @@ def runs(number):
 @pytest.mark.slow
 def test_same_bytes_after_kills(tmp_path):
     """SIGKILL at random moments, to the process or to one of its workers: the next run goes on, to the same bytes."""
-    script = tmp_path / "child.py"
+    script, source = tmp_path / "child.py", tmp_path / "rows.jsonl"
     script.write_text(CHILD)
+    text = "".join(document.text for document in load_documents("austen"))
+    write_jsonl(source, [text[start : start + 10_000] for start in range(0, len(text), 10_000)])
 
     def start(out, workers):
-        command = [sys.executable, str(script), str(out), str(workers)]
+        command = [sys.executable, str(script), str(source), str(out), str(workers)]
         return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
     assert start(tmp_path / "whole", 1).wait() == 0
@@ -491,7 +498,7 @@ def test_same_bytes_after_kills(tmp_path):
             assert "A worker was killed" in process.stderr.read()
         else:
             process.kill()
-            process.wait()
+            assert process.wait() == -signal.SIGKILL
         deadline = time.monotonic() + 30
         while any(map(runs, workers)):
             assert time.monotonic() < deadline, "workers live on without the process that they work for"
