@@ -109,6 +109,8 @@ class LanguageModel(nnx.Module):
           state: from `init_state` or an earlier call, to go on from there; None to start anew and keep none.
         """
         embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
+        # Its gradient is whole before it is split: else the partitioner gathers what all tokens add to it.
+        embedding = constrain(embedding, "V", None)
         x = constrain(embedding[tokens], "B", "T", None)
         graphdef, params = nnx.split(self.groups)
 
