@@ -116,10 +116,7 @@ def assert_same_step(results, expected):
     assert np.abs(np.asarray(state["params"]["embedding"]) - before["params"]["embedding"]).max() > 1e-4
 
 
-SLOW = ("data", "tensor", "fsdp")  # what "all" and "sequence" hold too, alone
-
-
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES])
+@pytest.mark.parametrize("mesh", ["all", *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m != "all")])
 def test_a_step_is_that_of_one_device(one_device, mesh):
     results = run_step(make_config(MIXED, MESHES[mesh]))
     assert_same_step(results, one_device(MIXED))

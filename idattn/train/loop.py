@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils

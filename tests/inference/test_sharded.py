@@ -29,7 +29,8 @@ def run(model, path):
     return log_probs, outputs, context, decoder
 
 
-@pytest.mark.parametrize("mixers", [HYBRID, *(pytest.param(m, marks=pytest.mark.slow) for m in MIXERS)], ids="+".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", [HYBRID, *MIXERS], ids="+".join)
 def test_a_mesh_changes_nothing(mixers, tmp_path):
     model = make_model(*mixers)
     expected, outputs, *_ = run(model, tmp_path / "one")

@@ -199,7 +199,10 @@ def test_skips_as_many_not_finite_steps_as_it_may():
     assert (int(metrics["not_finite"]), int(state["step"])) == (3, 5)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+ALIKE = ("interdomain_norope", "s4d_rope", "dual_linear")  # made of what the others are made of
+
+
+@pytest.mark.parametrize("mixer", [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in MIXERS])
 def test_overfits_one_batch(mixer, trainer):
     """Interdomain with the chunkwise backend; the others with the one that compiles faster."""
     batch = make_batch()
@@ -216,7 +219,8 @@ def test_overfits_one_batch(mixer, trainer):
     assert len(programs) == 1
 
 
-@pytest.mark.parametrize("remat", ["mixer", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "block"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["mixer", "dots", "block"])
 def test_remat_same_numbers(remat):
     batch = make_batch()
     trainers = [Trainer(make_config("interdomain", remat=name, eps=1e-2)) for name in ("none", remat)]
