@@ -102,27 +102,32 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second at most against chips at 4,096 tokens a row, and memory a chip against the context."""
+    """Tokens a second at most: against chips at 4,096 tokens a row, and of a chip against the context."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
-    speed, memory = figure.subplots(1, 2)
+    by_chips, by_context = figure.subplots(1, 2)
+
+    def speed(figures):
+        return max(STEP, figures["context"]) / max(figures["seconds"].values())
+
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for figures in (f for f in found if f["fits"]):
         groups.setdefault((figures["scale"], figures["slice"][:3]), []).append(figures)
     for (scale, chip), rows in groups.items():
         style = dict(marker="o", label=f"{scale} on {chip}", color=f"C{['v5e', 'v5p', 'v6e'].index(chip)}")
         style["linestyle"] = "-" if scale == "1.3B" else "--"
-        points = sorted((r["chips"], STEP / max(r["seconds"].values())) for r in rows if r["context"] == 4096)
+        points = sorted((r["chips"], speed(r)) for r in rows if r["context"] == 4096)
         if points:
-            speed.loglog(*zip(*points, strict=True), **style)
-        largest = [r for r in rows if r["slice"] in LONG]
-        if largest:
-            points = sorted((r["context"], r["peak_gib"] / r["hbm_gib"]) for r in largest)
-            memory.semilogx(*zip(*points, strict=True), **style | {"label": f"{scale} on {largest[0]['slice']}"})
-    speed.set(xlabel="chips", ylabel="tokens a second at most", title="4,096 tokens a row")
-    memory.set(xlabel="tokens a row", ylabel="part of the chip's memory", ylim=(0, 1.05), title="long rows")
-    for axes in (speed, memory):
+            by_chips.loglog(*zip(*points, strict=True), **style)
+        points = sorted((r["context"], speed(r) / r["chips"]) for r in rows if r["slice"] in LONG)
+        if len(points) > 1:
+            name = next(r["slice"] for r in rows if r["slice"] in LONG)
+            by_context.loglog(*zip(*points, strict=True), **style | {"label": f"{scale} on {name}"})
+    by_chips.set(xlabel="chips", ylabel="tokens a second at most", title="4,096 tokens a row")
+    by_context.set(xlabel="tokens a row", ylabel="tokens a second and chip at most", ylim=(1e3, 1e5), title="long rows")
+    for axes in (by_chips, by_context):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.suptitle(
         "Estimated from compiled programs: published peaks, all of it overlapped; nothing was run", fontsize=10
     )
