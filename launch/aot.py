@@ -171,14 +171,17 @@ def _trips(condition: list[str], body: list[str]) -> int:
 
     def operands(rows, pattern):
         match = re.search(rf"{pattern}\((.*?)\)", "\n".join(rows))
-        return re.findall(r"%([\w.\-]+)", match[1]) if match else []
+        return re.findall(r"%([\w.\-#]+)", match[1]) if match else []
 
     def constant(rows, name):
         match = re.search(rf"%{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)", "\n".join(rows))
         return int(match[1]) if match else 0
 
     counter, limit = operands(condition, r"ROOT .* compare") or ("", "")
-    index = re.search(rf"%{re.escape(counter)} = .* get-tuple-element\(.*?\), index=(\d+)", "\n".join(condition))
+    # An element of the loop's tuple is %tuple#3 to newer compilers, an instruction of its own to older ones.
+    index = re.search(r"#(\d+)$", counter) or re.search(
+        rf"%{re.escape(counter)} = .* get-tuple-element\(.*?\), index=(\d+)", "\n".join(condition)
+    )
     results = operands(body, r"ROOT .* tuple")
     after = results[int(index[1])] if index and results else ""
     while copied := operands(body, rf"%{re.escape(after)} = .* copy"):
@@ -240,7 +243,7 @@ def describe(figures: dict[str, Any], config: Config) -> str:
     lines = [f"{'+'.join(config.model.mixers)} on {figures['topology']}, {figures['chips']} chips ({mesh}), each:"]
     for name in ("parameter", "optimiser", "temporary", "program"):
         if f"{name}_bytes" in figures:
-            lines.append(f"  {name + ' memory':<22}{figures[f'{name}_bytes'] / gib:>10.2f} GiB")
+            lines.append(f"  {name + ' memory':<26}{figures[f'{name}_bytes'] / gib:>10.2f} GiB")
     if not figures["fits"]:
         lines.append(
             f"DOES NOT FIT: {figures['needed_gib']:.2f} GiB needed, {figures['usable_gib']:.2f} GiB there. "
@@ -249,12 +252,12 @@ def describe(figures: dict[str, Any], config: Config) -> str:
         return "\n".join(lines)
     spare = figures["hbm_gib"] - figures["peak_gib"]
     lines.append(
-        f"  {'in all':<22}{figures['peak_gib']:>10.2f} GiB of {figures['hbm_gib']}: fits, {spare:.2f} GiB spare"
+        f"  {'in all':<26}{figures['peak_gib']:>10.2f} GiB of {figures['hbm_gib']}: fits, {spare:.2f} GiB spare"
     )
     for kind, size in sorted(figures["sent_bytes"].items()):
-        lines.append(f"  {kind + ' sends':<22}{size / 1e9:>10.3f} GB a step")
+        lines.append(f"  {kind + ' sends':<26}{size / 1e9:>10.3f} GB a step")
     lines.append(
-        f"  {'FLOPs':<22}{figures['flops'] / 1e12:>10.1f} T a step, {figures['recomputed_flops'] / 1e12:.1f} T again"
+        f"  {'FLOPs':<26}{figures['flops'] / 1e12:>10.1f} T a step, {figures['recomputed_flops'] / 1e12:.1f} T again"
     )
     times = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in figures["seconds"].items())
     lines.append(f"  roofline: {times}; bound by {figures['bound']}, MFU at most {figures['mfu_at_most']:.0%}")
