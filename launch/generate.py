@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from absl import app, flags, logging
 from flax import nnx
 from tqdm import tqdm
 
-from idattn.config import MeshConfig
+from idattn.config import Config, MeshConfig
 from idattn.data import load_tokenizer
 from idattn.inference import Decoder, generate_text, load_context, right_pad, save_context
 from idattn.nn import LanguageModel
@@ -63,14 +64,18 @@ def define_flags() -> None:
 def load_decoder() -> tuple[Decoder, str, int]:
     """The decoder, the name of the tokenizer, and the step of the checkpoint."""
     config, params, step = load_params(FLAGS.checkpoint)
+    return make_decoder(config, params), config.data.tokenizer, step
+
+
+def make_decoder(config: Config, params: Any) -> Decoder:
+    """The decoder of a checkpoint's config and parameters, as --chunk_size and --state_dtype say."""
     model = nnx.eval_shape(lambda: LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0)))
-    decoder = Decoder(
+    return Decoder(
         nnx.merge(nnx.graphdef(model), params),
         chunk_size=FLAGS.chunk_size,
         state_dtype=FLAGS.state_dtype,
         trained_length=config.data.seq_len,
     )
-    return decoder, config.data.tokenizer, step
 
 
 def continue_prompt(decoder, tokenizer, context, settings) -> None:

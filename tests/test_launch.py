@@ -1,6 +1,7 @@
 """The entry points as users start them: `python -m launch.NAME` with values changed on the command line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,13 +115,23 @@ def test_data(start, tmp_path):
     assert all(0 < 2 * row["step"] / windows < row["epoch"] for row in metrics if "epoch" in row)
     assert [row["step"] for row in metrics if "epoch" in row] == [1, 2, 3]
 
-    printed = start("perplexity", f"--checkpoint={workdir}")
-    assert printed.returncode == 0, printed.stderr
-    table = [line.split(maxsplit=3) for line in printed.stdout.splitlines()[2:]]
-    held_out = [number for number in range(12) if f"'document {number} says'" in printed.stdout]
-    assert [row[3] for row in table] == [*(f"'document {number} says'" for number in held_out), "all of them"]
-    assert [int(row[0].replace(",", "")) for row in table[:-1]] == [len(rows[n]["text"]) for n in held_out]
-    assert table[-1][1] == f"{metrics[-1]['val_loss']:.4f}"
+    done = start("evaluate", f"--checkpoint={workdir}", "--tasks=perplexity", f"--out={tmp_path / 'evals'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["perplexity"]
+    held_out = [
+        n for n in range(12) if any(f"document {n} says" in document["text"] for document in found["documents"])
+    ]
+    assert [document["tokens"] for document in found["documents"]] == [len(rows[n]["text"]) for n in held_out]
+    # A token is a byte here.
+    assert [x["bits_per_byte"] for x in found["documents"]] == pytest.approx(
+        [x["loss"] / math.log(2) for x in found["documents"]], rel=1e-12
+    )
+    loss = found["metrics"]["loss"]
+    assert f"{loss:.4f}" == f"{metrics[-1]['val_loss']:.4f}"
+    assert found["metrics"] == pytest.approx(
+        {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2)}, rel=1e-12
+    )
+    assert f"| perplexity | loss | {loss:.4f} | other setting (1.3B): softmax 2.155, " in done.stdout
 
     shard.write_bytes(data.replace(b"s\0a\0y\0s\0", b"s\0a\0i\0d\0", 1))
     seen = start("inspect_data", folder)

@@ -22,7 +22,7 @@ ALLOWED = {
     "nn": {"ops", "sharding", "config", "choices", "shapes"},
     "data": {"config", "choices"},
     "inference": {"data", "nn", "ops", "sharding", "config", "choices"},
-    "evals": {"loss", "nn", "config"},
+    "evals": {"inference", "data", "loss", "nn", "config", "choices"},
     "costs": {"nn", "config"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "config", "choices"},
 }

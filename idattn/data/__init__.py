@@ -1,7 +1,7 @@
 """Text to batches: documents, tokenizers, prepared folders, windows and their order."""
 
 from idattn.data.corpus import Corpus, load_documents, split
-from idattn.data.loader import Batch, TokenWindows, count_epochs, eval_batches, load_data, train_iterator
+from idattn.data.loader import Batch, TokenWindows, count_epochs, eval_batches, load_data, load_stream, train_iterator
 from idattn.data.preparation import Preparation, prepare
 from idattn.data.sources import Document
 from idattn.data.stream import TokenStream, read_manifest, verify
@@ -19,6 +19,7 @@ __all__ = [
     "eval_batches",
     "load_data",
     "load_documents",
+    "load_stream",
     "load_tokenizer",
     "prepare",
     "read_manifest",

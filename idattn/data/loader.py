@@ -117,6 +117,15 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[T
     return tokenizer, train, validation
 
 
+def load_stream(source: str, tokenizer: Tokenizer) -> np.ndarray | TokenStream:
+    """(tokens,) all documents of a text, or the validation split of a prepared folder; raises as `load_data`."""
+    if not is_prepared(source):
+        return _in_memory(load_documents(source), tokenizer)
+    stream = TokenStream(source, "validation")
+    _check_tokenizer(stream.manifest["tokenizer"], tokenizer, tokenizer.path or "bytes", source)
+    return stream
+
+
 def _in_memory(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     """(tokens,) the stream of documents, in the smallest unsigned type that holds the vocabulary."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)

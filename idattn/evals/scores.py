@@ -1,0 +1,38 @@
+"""Rows of tokens scored in batches of one shape, sorted by length; every row is read whole."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from idattn.inference import Decoder, right_pad
+
+
+def score_rows(
+    decoder: Decoder, rows: Sequence[np.ndarray], batch_size: int, name: str = "score"
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The log-probability of every token of every row given those before it.
+
+    Args:
+      decoder: the model.
+      rows: of (T,) integer ids each, of any length from 1; the first token is context only.
+      batch_size: rows that are read together, those of like length.
+      name: what the progress bar says.
+
+    Returns:
+      For each row log_probs (T,) float32 in nats and is_best (T,) bool, as of `Decoder.score`.
+    """
+    results: list = [None] * len(rows)
+    for batch in tqdm(batches_by_length(rows, batch_size), unit="batch", desc=name, leave=False, disable=None):
+        # The last batch repeats a row: another number of rows would be another program to compile.
+        filled = batch + batch[-1:] * (min(batch_size, len(rows)) - len(batch))
+        log_probs, is_best, _ = decoder.score(*right_pad([rows[i] for i in filled]))
+        for n, i in enumerate(batch):
+            results[i] = log_probs[n, : len(rows[i])], is_best[n, : len(rows[i])]
+    return results
+
+
+def batches_by_length(rows: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
+    """Numbers of rows in batches of like length, the longest first, so that what does not fit fails at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

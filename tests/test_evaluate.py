@@ -1,0 +1,82 @@
+"""`launch.evaluate` on a small random model: results that stay, the table beside the paper's, refusals."""
+
+import dataclasses
+import json
+
+import pytest
+from absl import app
+from flax import nnx
+from helpers import defined_flags, run_main
+from models import make_model
+
+from configs.paper import get_config
+from idattn.config import DataConfig, from_config_dict, quickstart
+from idattn.data import load_tokenizer
+from idattn.evals import recall
+from idattn.evals.paper import beside
+from idattn.inference import save_weights
+from launch import evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = make_model("s4d", vocab_size=257)
+    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
+    folder = tmp_path_factory.mktemp("exported")
+    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def evaluate_flags():
+    with defined_flags(evaluate):
+        yield
+
+
+def test_results(checkpoint, tmp_path, capsys):
+    def run(*arguments):
+        run_main(evaluate, f"--checkpoint={checkpoint}", f"--out={tmp_path / 'out'}", "--limit=3", *arguments)
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n{"text": "four"}\n')
+    (tmp_path / "b.txt").write_text("x" * 30)
+    corpora = f"--corpora={tmp_path / 'a.jsonl'},pg19={tmp_path / 'b.txt'}"
+    first = run("--tasks=length,mqar", corpora, "--lengths=9,17", "--entries=2")
+    metrics = first["tasks"]["length"]["metrics"]
+    assert [*metrics] == [f"{name} {n}" for name in ("a", "pg19", "mean") for n in (9, 17)]
+    assert metrics["mean 9"] == pytest.approx((metrics["a 9"] + metrics["pg19 9"]) / 2)
+    assert metrics["pg19 9"] == first["tasks"]["length"]["corpora"]["pg19"]["9"]["perplexity"]
+    assert [*first["tasks"]["mqar"]["metrics"]] == ["2 pairs in 9", "2 pairs in 17"]
+    assert (tmp_path / "out" / "length.png").read_bytes().startswith(b"\x89PNG")
+    # What is there stays, as it was.
+    both = run("--tasks=passkey,phonebook", "--lengths=700", "--entries=3")
+    assert {name: both["tasks"][name] for name in first["tasks"]} == first["tasks"]
+    made = recall.passkey(load_tokenizer("bytes"), 700, 3), recall.phonebook(3, 3)
+    for name, test, questions in (("passkey", "700", made[0]), ("phonebook", "3", made[1])):
+        result = both["tasks"][name]
+        assert result["sha256"] == {test: recall.fingerprint(questions)}
+        assert [answer for answer, _ in result["answers"][test]] == [question.answer for question in questions]
+        assert result["metrics"] == {test: 0.0} and all(text for _, text in result["answers"][test])
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 |" in table
+
+
+def test_errors(checkpoint, tmp_path):
+    arguments = [f"--checkpoint={checkpoint}", f"--out={tmp_path}"]
+    with pytest.raises(ValueError, match="task='passkeys' is not known. Did you mean 'passkey'"):
+        run_main(evaluate, *arguments, "--tasks=perplexity,passkeys")
+    with pytest.raises(app.UsageError, match="--lengths=1k,9 must be whole numbers above 0"):
+        run_main(evaluate, *arguments, "--lengths=1k,9")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "results.json").write_text('{"checkpoint": "other", "step": 9, "tasks": {}}')
+    with pytest.raises(ValueError, match="has the results of other, step 9, not those of .*, step 7; name another"):
+        run_main(evaluate, *arguments, "--tasks=mqar")
+
+
+def test_paper():
+    config = from_config_dict(get_config("1.3B,interdomain"))
+    assert beside("passkey", "1024", config, 49_592) == "softmax 0.995, interdomain 0.655, s4d 0"
+    for other, step in ((config, 1000), (quickstart(), 49_592)):
+        assert beside("passkey", "1024", other, step).startswith("other setting (1.3B): softmax 0.995")
+    assert beside("mqar", "1024", config, 49_592) == ""
