@@ -8,6 +8,8 @@ length      perplexity of --corpora, without them of what was held out, in windo
 passkey     RULER S-NIAH-1 in prompts of each of --lengths
 phonebook   a number of a phone book of each of --entries
 mqar        recall of each of --entries pairs of tokens in each of --lengths
+any task of lm-evaluation-harness (the extra "eval"), and lists of the paper's: commonsense (eight tasks), based_recall,
+            longbench14; with --eval_data the eight tasks are read from there, not from the network
 
 OUT/results.json and OUT/results.md are written after every task; those of other tasks that are there stay.
 """
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from idattn.choices import check_choice
 from idattn.config import Config
 from idattn.data import Tokenizer, eval_batches, load_data, load_stream, load_tokenizer
-from idattn.evals import length, recall
+from idattn.evals import harness, length, recall
 from idattn.evals.paper import beside
 from idattn.evals.perplexity import document_losses, token_losses
 from idattn.inference import Decoder
@@ -41,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
     )
-    flags.DEFINE_list("tasks", ["perplexity"], f"Any of {', '.join(TASKS)}.")
+    flags.DEFINE_list("tasks", ["perplexity"], f"Any of {', '.join([*TASKS, *harness.LISTS])}, or lm-eval's.")
     flags.DEFINE_string("out", None, "Folder of the results; it is made where there is none.", required=True)
     flags.DEFINE_list(
         "corpora",
@@ -50,7 +52,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192"], "Tokens of a window or prompt.")
     flags.DEFINE_list("entries", ["16", "32", "64", "128"], "Entries of a phone book, pairs of mqar.")
+    flags.DEFINE_string("eval_data", None, "JSONL file, or folder of some, with the rows of the eight tasks.")
     flags.DEFINE_integer("limit", 200, "Questions of a recall task.", lower_bound=1)
+    flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.")
     flags.DEFINE_integer("max_tokens", 2**20, "Tokens to read of each text, from its beginning.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2**14, "Tokens of the rows that are read together.", lower_bound=1)
     flags.DEFINE_integer("seed", 42, "Of the questions.")
@@ -160,6 +164,16 @@ def mqar(subject: Subject) -> dict[str, Any]:
     return result
 
 
+def lm_eval(subject: Subject, task: str) -> dict[str, Any]:
+    """The metrics of a task of lm-evaluation-harness; those of a list with the mean that the paper gives."""
+    lm = harness.make_lm(subject.decoder, subject.tokenizer, FLAGS.batch_tokens)
+    found = harness.evaluate(lm, harness.LISTS.get(task, (task,)), FLAGS.eval_data, FLAGS.max_rows)
+    metrics = {f"{name} {metric}": value for name, values in found.items() for metric, value in values.items()}
+    if task in harness.LISTS:
+        metrics["mean"] = float(np.mean([harness.main_metric(name, values) for name, values in found.items()]))
+    return {"metrics": metrics, "local": bool(FLAGS.eval_data)}
+
+
 TASKS = {"perplexity": perplexity, "length": lengths, "passkey": passkey, "phonebook": phonebook, "mqar": mqar}
 
 
@@ -181,14 +195,18 @@ def table(results: dict[str, Any], config: Config) -> str:
     lines = [_COLUMNS, ("---", "---", "---:", "---")]
     for task, result in results["tasks"].items():
         for metric, value in result["metrics"].items():
-            lines.append((task, metric, f"{value:.4f}", beside(task, metric, config, results["step"])))
+            # Within a list, and for a single task, the metric's name begins with the task's.
+            name, _, rest = metric.rpartition(" ")
+            paper = beside(task, metric, config, results["step"]) or beside(name, rest, config, results["step"])
+            lines.append((task, metric, f"{value:.4f}", paper))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
     for task in FLAGS.tasks:
-        check_choice("task", task, TASKS)
+        if task not in TASKS:
+            check_choice("task", task, [*TASKS, *harness.LISTS, *harness.task_names()])
     for name in ("lengths", "entries"):
         if not all(value.isdecimal() and int(value) for value in getattr(FLAGS, name)):
             raise app.UsageError(f"--{name}={','.join(getattr(FLAGS, name))} must be whole numbers above 0.")
@@ -207,7 +225,7 @@ def main(_):
         results = found
     subject = Subject(config, params, make_decoder(config, params), load_tokenizer(config.data.tokenizer))
     for task in FLAGS.tasks:
-        results["tasks"][task] = TASKS[task](subject)
+        results["tasks"][task] = TASKS[task](subject) if task in TASKS else lm_eval(subject, task)
         file.write_text(json.dumps(results, indent=1))
         (out / "results.md").write_text(table(results, config) + "\n")
     print(f"{FLAGS.checkpoint}, step {step}\n\n{table(results, config)}")

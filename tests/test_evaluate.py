@@ -48,6 +48,9 @@ def test_results(checkpoint, tmp_path, capsys):
     assert metrics["pg19 9"] == first["tasks"]["length"]["corpora"]["pg19"]["9"]["perplexity"]
     assert [*first["tasks"]["mqar"]["metrics"]] == ["2 pairs in 9", "2 pairs in 17"]
     assert (tmp_path / "out" / "length.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "rows.jsonl").write_text('{"task": "piqa", "query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
+    found = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2")["tasks"]["piqa"]
+    assert found["local"] and {*found["metrics"]} == {"piqa acc", "piqa acc_norm"}
     # What is there stays, as it was.
     both = run("--tasks=passkey,phonebook", "--lengths=700", "--entries=3")
     assert {name: both["tasks"][name] for name in first["tasks"]} == first["tasks"]
@@ -60,6 +63,7 @@ def test_results(checkpoint, tmp_path, capsys):
     table = (tmp_path / "out" / "results.md").read_text()
     assert table in capsys.readouterr().out
     assert f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 |" in table
+    assert f"| piqa | piqa acc | {found['metrics']['piqa acc']:.4f} | other setting (1.3B): softmax 0.6942, " in table
 
 
 def test_errors(checkpoint, tmp_path):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idattn.data import Tokenizer
-from idattn.evals.scores import batches_by_length, score_rows
-from idattn.inference import Decoder, generate_text
+from idattn.evals.scores import continue_texts, score_rows
+from idattn.inference import Decoder
 
 # The noise, needle, question and answer prefix are the task that RULER defines (Hsieh et al. 2024, niah_single_1).
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -195,15 +195,9 @@ def ask(
       batch_size: questions that are read together, those of like length.
       whole: the answer must be the first line written, but for spaces; otherwise what is written contains it.
     """
-    written = [""] * len(questions)
-    for batch in batches_by_length([question.prompt for question in questions], batch_size):
-        prompts = [questions[i].prompt for i in batch]
-        filled = prompts + prompts[-1:] * (min(batch_size, len(questions)) - len(batch))
-        stop = ("\n",) if whole else ()
-        for i, found in zip(
-            batch, generate_text(decoder, tokenizer, filled, num_tokens, temperature=0.0, stop=stop), strict=False
-        ):
-            written[i] = found.text
+    prompts = [question.prompt for question in questions]
+    stop = ("\n",) if whole else ()
+    written = continue_texts(decoder, tokenizer, prompts, num_tokens, batch_size, temperature=0.0, stop=stop)
     right = [
         text.strip() == question.answer if whole else question.answer in text
         for question, text in zip(questions, written, strict=True)

@@ -1,11 +1,13 @@
-"""Rows of tokens scored in batches of one shape, sorted by length; every row is read whole."""
+"""Rows scored, and texts continued, in batches of one shape, sorted by length; every row is read whole."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from idattn.inference import Decoder, right_pad
+from idattn.data import Tokenizer
+from idattn.inference import Decoder, generate_text, right_pad
 
 
 def score_rows(
@@ -24,15 +26,31 @@ def score_rows(
     """
     results: list = [None] * len(rows)
     for batch in tqdm(batches_by_length(rows, batch_size), unit="batch", desc=name, leave=False, disable=None):
-        # The last batch repeats a row: another number of rows would be another program to compile.
-        filled = batch + batch[-1:] * (min(batch_size, len(rows)) - len(batch))
+        filled = _fill(batch, min(batch_size, len(rows)))
         log_probs, is_best, _ = decoder.score(*right_pad([rows[i] for i in filled]))
         for n, i in enumerate(batch):
             results[i] = log_probs[n, : len(rows[i])], is_best[n, : len(rows[i])]
     return results
 
 
-def batches_by_length(rows: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
+def continue_texts(
+    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, batch_size: int, **options: Any
+) -> list[str]:
+    """What follows each prompt, from the start of a document, as of `generate_text` with its `options`."""
+    written = [""] * len(prompts)
+    for batch in tqdm(batches_by_length(prompts, batch_size), unit="batch", desc="write", leave=False, disable=None):
+        filled = [prompts[i] for i in _fill(batch, min(batch_size, len(prompts)))]
+        for i, found in zip(batch, generate_text(decoder, tokenizer, filled, num_tokens, **options), strict=False):
+            written[i] = found.text
+    return written
+
+
+def batches_by_length(rows: Sequence[np.ndarray | str], batch_size: int) -> list[list[int]]:
     """Numbers of rows in batches of like length, the longest first, so that what does not fit fails at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def _fill(batch: list[int], size: int) -> list[int]:
+    """The batch with its last row repeated: another number of rows would be another program to compile."""
+    return batch + batch[-1:] * (size - len(batch))

@@ -1,0 +1,200 @@
+"""The model in lm-evaluation-harness: its tasks, the paper's lists of them, and the eight tasks from local files.
+
+One BOS is put before every context, and nothing is ever cut: a row is read whole, however long.
+"""
+
+import json
+import lzma
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idattn.data import Tokenizer, optional
+from idattn.evals.scores import continue_texts, score_rows
+from idattn.inference import Decoder
+
+LISTS = {
+    "commonsense": (
+        "lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "social_iqa", "boolq",
+    ),
+    "based_recall": ("swde", "fda", "squad_completion"),
+    "longbench14": tuple(
+        f"longbench_{name}"
+        for name in (
+            "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum",
+            "multi_news", "trec", "triviaqa", "samsum", "lcc", "repobench-p",
+        )
+    ),
+}  # fmt: skip
+"""The paper's lists. Of Based's recall suite, those that lm-eval has: without NQ, TriviaQA and DROP in Based's form."""
+
+_NORMALISED = ("hellaswag", "arc_challenge")  # reported by acc_norm
+_ANSWER = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "arc_challenge": "\nAnswer:", "boolq": "\nAnswer:"}
+_LOCAL = "_local"  # lm-eval would take a task of its own for one of the same name
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
+    """An `lm_eval.api.model.LM` of the model.
+
+    Args:
+      decoder, tokenizer: the model.
+      batch_tokens: of the rows that are read together, at least one row.
+
+    Raises:
+      ImportError: lm-eval is missing.
+    """
+    api = optional.load("lm_eval.api.model", "lm-evaluation-harness", "eval")
+
+    def encode(text: str) -> np.ndarray:
+        return np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int32)
+
+    def batch_size(rows: Sequence[np.ndarray]) -> int:
+        return max(1, batch_tokens // max(map(len, rows)))
+
+    def score(rows: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return score_rows(decoder, rows, batch_size(rows))
+
+    class Adapter(api.LM):
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            rows, starts = [], []
+            for context, continuation in (request.args for request in requests):
+                # Spaces between the two belong to the continuation, whose first token begins with one.
+                bare = context.rstrip()
+                rows.append(encode(context + continuation))
+                starts.append(len(encode(bare)))
+            return [
+                (float(log_probs[start:].sum(dtype=np.float64)), bool(is_best[start:].all()))
+                for start, (log_probs, is_best) in zip(starts, score(rows), strict=True)
+            ]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            rows = [encode(text) for (text,) in (request.args for request in requests)]
+            return [float(log_probs.sum(dtype=np.float64)) for log_probs, _ in score(rows)]
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            alike = defaultdict(list)
+            for number, (_, settings) in enumerate(request.args for request in requests):
+                alike[json.dumps(settings, sort_keys=True)].append(number)
+            written = [""] * len(requests)
+            for settings, numbers in alike.items():
+                prompts = [requests[n].args[0] for n in numbers]
+                size = batch_size([encode(prompt) for prompt in prompts])
+                options = _options(json.loads(settings)) | {"stop_tokens": (tokenizer.bos_id,)}
+                for n, text in zip(
+                    numbers, continue_texts(decoder, tokenizer, prompts, batch_size=size, **options), strict=True
+                ):
+                    written[n] = text
+            return written
+
+    return Adapter()
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options of `continue_texts` for the generation settings of a task."""
+    known = ("until", "max_gen_toks", "do_sample", *_SAMPLING)
+    if unknown := settings.keys() - {*known}:
+        raise ValueError(f"generation settings {sorted(unknown)} are not known; they must be of {', '.join(known)}.")
+    until = settings.get("until") or []
+    options = {name: settings[name] for name in _SAMPLING if name in settings}
+    if not settings.get("do_sample"):
+        options["temperature"] = 0.0
+    return options | {
+        "num_tokens": settings.get("max_gen_toks", 256),
+        "stop": [until] if isinstance(until, str) else until,
+    }
+
+
+def task_names() -> list[str]:
+    """The names of lm-eval's tasks and groups; raises an ImportError where it is missing."""
+    return list(optional.load("lm_eval.tasks", "lm-evaluation-harness", "eval").TaskManager().all_tasks)
+
+
+def evaluate(
+    lm: Any, tasks: Sequence[str], data: str | Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """The metrics of tasks of lm-eval, without examples in the prompts.
+
+    Args:
+      lm: of `make_lm`.
+      tasks: names of lm-eval's.
+      data: JSONL file (or `.jsonl.xz`), or folder of some, that the eight tasks are read from; see `local_task`.
+      limit: rows of each task; None for all.
+
+    Returns:
+      By task, or the tasks of a group, the value of each metric.
+
+    Raises:
+      ImportError: lm-eval is missing.
+      ValueError: `data` has no rows for a task.
+    """
+    evaluator = optional.load("lm_eval", "lm-evaluation-harness", "eval")
+    wanted = [local_task(name, data) for name in tasks] if data else list(tasks)
+    found = evaluator.simple_evaluate(
+        lm, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False
+    )["results"]
+    return {
+        name.removesuffix(_LOCAL): {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in values.items()
+            if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
+        }
+        for name, values in found.items()
+    }
+
+
+def main_metric(task: str, values: dict[str, float]) -> float:
+    """The metric that the paper averages: acc_norm for HellaSwag and ARC-challenge, else acc, contains or score."""
+    names = ("acc_norm",) if task in _NORMALISED else ("acc", "contains", "score")
+    return next(values[name] for name in names if name in values)
+
+
+def local_task(name: str, data: str | Path) -> dict[str, Any]:
+    """The config of one of the eight tasks over local rows, with lm-eval's prompt and metrics.
+
+    Rows are objects with `task`, and `query`, `choices` and `gold`; or `context_options`, `continuation` and `gold`
+    (WinoGrande); or `context` and `continuation` (LAMBADA). `social_iqa` may be called `siqa`.
+
+    Raises:
+      ValueError: `name` is none of the eight, or has no rows.
+    """
+    if name not in LISTS["commonsense"]:
+        raise ValueError(f"task={name!r} is not read from local data, only {', '.join(LISTS['commonsense'])} are.")
+    rows = [
+        row | {"query": row.get("query", "") + _ANSWER.get(name, "")}
+        for row in _read_rows(Path(data))
+        if row["task"] in (name, {"social_iqa": "siqa"}.get(name))
+    ]
+    if not rows:
+        raise ValueError(f"{data} has no rows of task {name!r}.")
+    datasets = optional.load("datasets", "lm-evaluation-harness", "eval")
+    config = {
+        "task": name + _LOCAL,
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "metadata": {},
+    }
+    metrics = ["acc", "acc_norm"]
+    if "context_options" in rows[0]:  # the contexts differ, and what follows is the same
+        fields = {"doc_to_text": lambda row: row["gold"], "doc_to_choice": lambda row: row["context_options"]}
+        fields["doc_to_target"], metrics = (lambda row: row["continuation"]), ["acc"]
+    elif "choices" in rows[0]:
+        fields = {"doc_to_text": "{{query}}", "doc_to_choice": lambda row: row["choices"]}
+        fields["doc_to_target"] = lambda row: row["gold"]
+    else:
+        fields = {"doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}"}
+        config["output_type"], metrics = "loglikelihood", ["perplexity", "acc"]
+    return config | fields | {"metric_list": [{"metric": metric} for metric in metrics]}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+    rows = []
+    for file in files:
+        with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as lines:
+            rows += [json.loads(line) for line in lines if line.strip()]
+    return rows

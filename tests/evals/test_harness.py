@@ -1,0 +1,113 @@
+"""The adapter through lm-evaluation-harness itself, on local rows, against the model's log-probabilities."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from models import make_model, next_log_probs
+
+from idattn.data import load_tokenizer
+from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm
+from idattn.inference import Decoder, generate_text
+
+BYTES = load_tokenizer("bytes")
+CHOICES = [
+    {"query": "one two", "choices": ["three", "4", "five six"], "gold": 0},
+    {"query": "a", "choices": ["b", "ccc"], "gold": 1},
+    {"query": "up", "choices": ["down", "left"], "gold": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("s4d", vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model, chunk_size=16, block_size=8)
+
+
+@pytest.fixture(scope="module")
+def lm(decoder):
+    return make_lm(decoder, BYTES, 128)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of two files with rows of the eight tasks."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"task": name, **row} for name in LISTS["commonsense"][1:] for row in CHOICES if name != "winogrande"]
+    rows.append({"task": "winogrande", "context_options": ["x", "yy"], "continuation": "z.", "gold": 1})
+    (folder / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "lambada.jsonl").write_text(json.dumps({"task": "lambada_openai", "context": "ab", "continuation": "c"}))
+    return folder
+
+
+def direct(model, context, continuation):
+    """ln p of a continuation and whether it is what greedy decoding writes, from one pass over both."""
+    row = np.array([BYTES.bos_id, *(context + continuation).encode()])
+    log_probs, start = next_log_probs(model, row, 64), len(context.rstrip().encode()) + 1
+    total = log_probs[np.arange(start - 1, len(row) - 1), row[start:]].sum()
+    return float(total), bool((log_probs[start - 1 : -1].argmax(-1) == row[start:]).all())
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+def test_requests(model, decoder, lm):
+    best = chr(direct_best(model, "ab"))
+    pairs = [("one two", " three"), ("", "ab"), ("ab ", "c"), ("ab", best)]
+    found = lm.loglikelihood(requests(*pairs))
+    expected = [direct(model, *pair) for pair in pairs]
+    assert_close([x for x, _ in found], [x for x, _ in expected], "float32", reduction=64)
+    assert [x for _, x in found] == [x for _, x in expected] and found[3][1]
+    texts = ["some text", "x"]
+    rolling = lm.loglikelihood_rolling(requests(*((text,) for text in texts)))
+    assert_close(rolling, [direct(model, "", text)[0] for text in texts], "float32", reduction=64)
+
+    whole = generate_text(decoder, BYTES, ["ab"], 12, temperature=0.0)[0].text
+    greedy, cut = {"max_gen_toks": 12, "until": []}, {"max_gen_toks": 12, "until": whole[4:6], "do_sample": False}
+    longer = generate_text(decoder, BYTES, ["abcdef"], 12, temperature=0.0)[0].text
+    written = lm.generate_until(requests(("ab", greedy), ("ab", cut), ("abcdef", greedy)))
+    assert written == [whole, whole[: whole.index(whole[4:6])], longer]
+    with pytest.raises(ValueError, match=r"generation settings \['num_beams'\] are not known"):
+        lm.generate_until(requests(("ab", {"num_beams": 2})))
+
+
+def direct_best(model, context):
+    return next_log_probs(model, np.array([BYTES.bos_id, *context.encode()]), 64)[-1][:128].argmax()
+
+
+def test_local_tasks(model, lm, data):
+    """All eight, through lm-eval: its metrics are those of the direct log-likelihoods."""
+    found = evaluate(lm, LISTS["commonsense"], data)
+    assert {*found} == {*LISTS["commonsense"]}
+    for name, answer in (("hellaswag", ""), ("arc_easy", "\nAnswer:"), ("social_iqa", "")):
+        scores = [[direct(model, row["query"] + answer, f" {c}")[0] for c in row["choices"]] for row in CHOICES]
+        norms = [
+            [s / len(c) for s, c in zip(x, row["choices"], strict=True)] for x, row in zip(scores, CHOICES, strict=True)
+        ]
+        acc, acc_norm = (
+            np.mean([np.argmax(x) == row["gold"] for x, row in zip(each, CHOICES, strict=True)])
+            for each in (scores, norms)
+        )
+        assert found[name] == {"acc": pytest.approx(acc), "acc_norm": pytest.approx(acc_norm)}
+        assert main_metric(name, found[name]) == pytest.approx(acc_norm if name == "hellaswag" else acc)
+    total, greedy = direct(model, "ab", " c")
+    assert found["lambada_openai"]["perplexity"] == pytest.approx(np.exp(-total), rel=1e-4)
+    assert found["lambada_openai"]["acc"] == greedy
+    contexts = [direct(model, context, " z.")[0] for context in ("x", "yy")]
+    assert found["winogrande"] == {"acc": float(np.argmax(contexts) == 1)}
+    assert len(evaluate(lm, ["piqa"], data, limit=1)) == 1
+
+
+def test_errors(data, tmp_path):
+    with pytest.raises(ValueError, match="task='wikitext' is not read from local data"):
+        local_task("wikitext", data)
+    (tmp_path / "other.jsonl").write_text('{"task": "copa"}\n')
+    with pytest.raises(ValueError, match="has no rows of task 'piqa'"):
+        local_task("piqa", tmp_path)
