@@ -14,6 +14,8 @@ any task of lm-evaluation-harness (the extra "eval"), and lists of the paper's: 
 OUT/results.json and OUT/results.md are written after every task; those of other tasks that are there stay.
 """
 
+import difflib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,8 +207,9 @@ def table(results: dict[str, Any], config: Config) -> str:
 def main(_):
     logging.set_verbosity(logging.WARNING)
     for task in FLAGS.tasks:
-        if task not in TASKS:
-            check_choice("task", task, [*TASKS, *harness.LISTS, *harness.task_names()])
+        own = [*TASKS, *harness.LISTS, *itertools.chain(*harness.LISTS.values())]
+        if task not in own and task not in (names := harness.task_names()):
+            check_choice("task", task, [*own, *difflib.get_close_matches(task, names)])
     for name in ("lengths", "entries"):
         if not all(value.isdecimal() and int(value) for value in getattr(FLAGS, name)):
             raise app.UsageError(f"--{name}={','.join(getattr(FLAGS, name))} must be whole numbers above 0.")

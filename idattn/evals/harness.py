@@ -3,6 +3,7 @@
 One BOS is put before every context, and nothing is ever cut: a row is read whole, however long.
 """
 
+import importlib.util
 import json
 import lzma
 from collections import defaultdict
@@ -109,7 +110,9 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_names() -> list[str]:
-    """The names of lm-eval's tasks and groups; raises an ImportError where it is missing."""
+    """The names of lm-eval's tasks and groups; none where it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return []
     return list(optional.load("lm_eval.tasks", "lm-evaluation-harness", "eval").TaskManager().all_tasks)
 
 
@@ -133,8 +136,10 @@ def evaluate(
     """
     evaluator = optional.load("lm_eval", "lm-evaluation-harness", "eval")
     wanted = [local_task(name, data) for name in tasks] if data else list(tasks)
+    # Without the index of lm-eval's own tasks, which takes seconds to read.
+    manager = optional.load("lm_eval.tasks", "lm-evaluation-harness", "eval").TaskManager(include_defaults=not data)
     found = evaluator.simple_evaluate(
-        lm, tasks=wanted, num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False
+        lm, tasks=wanted, task_manager=manager, num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False
     )["results"]
     return {
         name.removesuffix(_LOCAL): {
