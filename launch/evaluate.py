@@ -206,6 +206,7 @@ def table(results: dict[str, Any], config: Config) -> str:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().manager.getLogger("lm_eval").setLevel("ERROR")  # it warns of what is meant
     for task in FLAGS.tasks:
         own = [*TASKS, *harness.LISTS, *itertools.chain(*harness.LISTS.values())]
         if task not in own and task not in (names := harness.task_names()):

@@ -1,10 +1,13 @@
 """Small random models, and what they say of whole sequences."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from flax import nnx
 
-from idattn.config import ComputeConfig, ModelConfig, SSMConfig
+from idattn.config import ComputeConfig, DataConfig, ModelConfig, SSMConfig, quickstart
+from idattn.inference import save_weights
 from idattn.nn import LanguageModel
 
 V = 64
@@ -21,6 +24,14 @@ def make_model(*mixers, seed=3, **changes):
     config = ModelConfig.tiny(*mixers, **(values | changes))
     compute = ComputeConfig(dtype="float32", chunk_size=4)
     return nnx.jit(lambda: LanguageModel(config, compute, rngs=nnx.Rngs(seed)))()
+
+
+def export_model(folder):
+    """The weights of a random byte model as `launch` reads them, of step 7 and windows of 16 tokens; its folder."""
+    model = make_model("s4d", vocab_size=257)
+    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
+    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+    return folder
 
 
 @nnx.jit

@@ -1,30 +1,23 @@
 """`launch.evaluate` on a small random model: results that stay, the table beside the paper's, refusals."""
 
-import dataclasses
 import json
 
 import pytest
 from absl import app
-from flax import nnx
 from helpers import defined_flags, run_main
-from models import make_model
+from models import export_model
 
 from configs.paper import get_config
-from idattn.config import DataConfig, from_config_dict, quickstart
+from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
 from idattn.evals import recall
 from idattn.evals.paper import beside
-from idattn.inference import save_weights
 from launch import evaluate
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = make_model("s4d", vocab_size=257)
-    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
-    folder = tmp_path_factory.mktemp("exported")
-    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
-    return folder
+    return export_model(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,5 @@
 """`launch.generate` and `launch.export` on a small random model: prompts from everywhere, contexts, JSONL, refusals."""
 
-import dataclasses
 import functools
 import io
 import json
@@ -8,22 +7,15 @@ import sys
 
 import pytest
 from absl import flags
-from flax import nnx
 from helpers import defined_flags, run_main
-from models import make_model
+from models import export_model
 
-from idattn.config import DataConfig, quickstart
-from idattn.inference import save_weights
 from launch import generate
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = make_model("s4d", vocab_size=257)
-    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
-    folder = tmp_path_factory.mktemp("exported")
-    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
-    return folder
+    return export_model(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(scope="module", autouse=True)

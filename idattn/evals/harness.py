@@ -158,10 +158,12 @@ def main_metric(task: str, values: dict[str, float]) -> float:
 
 
 def local_task(name: str, data: str | Path) -> dict[str, Any]:
-    """The config of one of the eight tasks over local rows, with lm-eval's prompt and metrics.
+    """The config of one of the eight tasks over local rows, with lm-eval's metrics.
 
     Rows are objects with `task`, and `query`, `choices` and `gold`; or `context_options`, `continuation` and `gold`
-    (WinoGrande); or `context` and `continuation` (LAMBADA). `social_iqa` may be called `siqa`.
+    (WinoGrande); or `context` and `continuation` (LAMBADA). `social_iqa` may be called `siqa`. The
+    prompt is the query, ended by "Answer:" as lm-eval has it; a query that is worded or offers choices otherwise than
+    lm-eval's makes another task.
 
     Raises:
       ValueError: `name` is none of the eight, or has no rows.
@@ -193,7 +195,15 @@ def local_task(name: str, data: str | Path) -> dict[str, Any]:
     else:
         fields = {"doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}"}
         config["output_type"], metrics = "loglikelihood", ["perplexity", "acc"]
-    return config | fields | {"metric_list": [{"metric": metric} for metric in metrics]}
+    metric_list = [
+        {
+            "metric": metric,
+            "aggregation": "perplexity" if metric == "perplexity" else "mean",
+            "higher_is_better": metric != "perplexity",
+        }
+        for metric in metrics
+    ]
+    return config | fields | {"metric_list": metric_list}
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from helpers import assert_close
 from models import make_model, next_log_probs
 
 from idattn.data import load_tokenizer
-from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm
+from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm, task_names
 from idattn.inference import Decoder, generate_text
 
 BYTES = load_tokenizer("bytes")
@@ -102,7 +102,15 @@ def test_local_tasks(model, lm, data):
     assert found["lambada_openai"]["acc"] == greedy
     contexts = [direct(model, context, " z.")[0] for context in ("x", "yy")]
     assert found["winogrande"] == {"acc": float(np.argmax(contexts) == 1)}
-    assert len(evaluate(lm, ["piqa"], data, limit=1)) == 1
+    first = [direct(model, "one two", f" {c}")[0] for c in CHOICES[0]["choices"]]
+    limited = evaluate(lm, ["hellaswag"], data, limit=1)["hellaswag"]
+    assert limited["acc"] == float(np.argmax(first) == 0) and limited != found["hellaswag"]
+
+
+@pytest.mark.slow
+def test_lists_are_of_tasks_that_lm_eval_has():
+    assert {name for tasks in LISTS.values() for name in tasks} <= {*task_names()}
+    assert [len(tasks) for tasks in LISTS.values()] == [8, 3, 14]
 
 
 def test_errors(data, tmp_path):
