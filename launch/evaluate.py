@@ -35,9 +35,13 @@ from idattn.evals.perplexity import document_losses, token_losses
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 from idattn.train.checkpoint import load_params
+from idattn.train.storage import write_whole
 from launch.generate import make_decoder
 
 FLAGS = flags.FLAGS
+SETTINGS = (
+    "corpora", "lengths", "entries", "eval_data", "limit", "max_rows", "max_tokens", "seed", "state_dtype",
+)  # fmt: skip
 _COLUMNS = ("task", "metric", "here", "paper")
 
 
@@ -56,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_list("entries", ["16", "32", "64", "128"], "Entries of a phone book, pairs of mqar.")
     flags.DEFINE_string("eval_data", None, "JSONL file, or folder of some, with the rows of the eight tasks.")
     flags.DEFINE_integer("limit", 200, "Questions of a recall task.", lower_bound=1)
-    flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.")
+    flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.", 1)
     flags.DEFINE_integer("max_tokens", 2**20, "Tokens to read of each text, from its beginning.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2**14, "Tokens of the rows that are read together.", lower_bound=1)
     flags.DEFINE_integer("seed", 42, "Of the questions.")
@@ -131,12 +135,14 @@ def lengths(subject: Subject) -> dict[str, Any]:
 
 
 def passkey(subject: Subject) -> dict[str, Any]:
+    """The share of numbers found in prompts of each length."""
     return recalled(
         subject, {str(n): recall.passkey(subject.tokenizer, n, FLAGS.limit, seed=FLAGS.seed) for n in wanted_lengths()}
     )
 
 
 def phonebook(subject: Subject) -> dict[str, Any]:
+    """The share of phone numbers given in books of each size."""
     return recalled(subject, {str(n): recall.phonebook(n, FLAGS.limit, seed=FLAGS.seed) for n in entries()}, whole=True)
 
 
@@ -154,6 +160,7 @@ def recalled(subject: Subject, tests: dict[str, list[recall.Question]], whole: b
 
 
 def mqar(subject: Subject) -> dict[str, Any]:
+    """The share of values recalled for each number of pairs in each length."""
     result: dict[str, Any] = {"metrics": {}, "sha256": {}}
     for T in wanted_lengths():
         for pairs in entries():
@@ -229,9 +236,10 @@ def main(_):
         results = found
     subject = Subject(config, params, make_decoder(config, params), load_tokenizer(config.data.tokenizer))
     for task in FLAGS.tasks:
-        results["tasks"][task] = TASKS[task](subject) if task in TASKS else lm_eval(subject, task)
-        file.write_text(json.dumps(results, indent=1))
-        (out / "results.md").write_text(table(results, config) + "\n")
+        found = TASKS[task](subject) if task in TASKS else lm_eval(subject, task)
+        results["tasks"][task] = found | {"settings": {name: getattr(FLAGS, name) for name in SETTINGS}}
+        write_whole(file, json.dumps(results, indent=1))
+        write_whole(out / "results.md", table(results, config) + "\n")
     print(f"{FLAGS.checkpoint}, step {step}\n\n{table(results, config)}")
 
 

@@ -43,7 +43,9 @@ def test_results(checkpoint, tmp_path, capsys):
     assert (tmp_path / "out" / "length.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "rows.jsonl").write_text('{"task": "piqa", "query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
     found = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2")["tasks"]["piqa"]
-    assert found["local"] and {*found["metrics"]} == {"piqa acc", "piqa acc_norm"}
+    assert (
+        found["settings"]["max_rows"] == 2 and found["local"] and {*found["metrics"]} == {"piqa acc", "piqa acc_norm"}
+    )
     # What is there stays, as it was.
     both = run("--tasks=passkey,phonebook", "--lengths=700", "--entries=3")
     assert {name: both["tasks"][name] for name in first["tasks"]} == first["tasks"]
