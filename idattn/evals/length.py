@@ -81,7 +81,10 @@ def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained
         by_length.plot(list(found), [x["perplexity"] for x in found.values()], marker="o", label=name)
         longest = found[max(found)]
         by_position.plot(longest["positions"], longest["by_position"], label=name)
-    by_length.set(xlabel="tokens in a window", ylabel="perplexity", xscale="log", yscale="log")
+    by_length.set(xlabel="tokens in a window", ylabel="perplexity", xscale="log")
+    lengths = list(next(iter(corpora.values())))
+    by_length.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
+    by_length.set_xticks([], minor=True)
     by_position.set(xlabel="position in the longest window", ylabel="nats per token")
     for axes in (by_length, by_position):
         axes.axvline(trained_length, color="gray", linestyle=":", label="trained on")
