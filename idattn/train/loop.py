@@ -258,10 +258,15 @@ class _Run:
         settings = self.config.train
         params = jax.device_put(state["params"], jax.local_devices()[0])
         decoder = Decoder(nnx.merge(self.trainer.graphdef, params))
-        options = dict(seed=self.config.seed, temperature=0.8)
-        return generate_text(decoder, self.tokenizer, [settings.sample_prompt], settings.sample_tokens, **options)[
-            0
-        ].text
+        (completion,) = generate_text(
+            decoder,
+            self.tokenizer,
+            [settings.sample_prompt],
+            settings.sample_tokens,
+            seed=self.config.seed,
+            temperature=0.8,
+        )
+        return completion.text
 
 
 class StopRequest:
