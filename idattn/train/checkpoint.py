@@ -6,7 +6,6 @@ checkpoint therefore carries `manifest.json`, the SHA-256 of each file of its it
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from idattn.config import Config, from_config_dict
+from idattn.data.stream import sha256_of
 from idattn.inference.files import WEIGHTS, load_weights
 from idattn.train.storage import in_bucket, run_folder, write_whole
 
@@ -152,7 +152,7 @@ class Checkpoints:
         # name, or in a bucket no commit_success.txt.
         (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._saving))
         files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
-        digests = {str(file.relative_to(folder)): _sha256(file) for file in files}
+        digests = {str(file.relative_to(folder)): sha256_of(file) for file in files}
         (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
 
 
@@ -244,14 +244,6 @@ def _val_loss(metrics: dict[str, float]) -> float:
     return metrics["val_loss"]
 
 
-def _sha256(file: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         if path.is_dir():
@@ -275,7 +267,7 @@ def _damage(folder: epath.Path, item: str = "") -> str:
             continue
         if not (folder / name).exists():
             return f"{folder / name} is missing"
-        if _sha256(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             return f"{folder / name} does not match its checksum in {MANIFEST}"
     return ""
 

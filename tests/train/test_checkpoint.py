@@ -272,7 +272,7 @@ def test_failed_save_is_an_error_and_leaves_the_older(run, monkeypatch):
         raise OSError("No space left on device")
 
     checkpoints = Checkpoints(workdir, keep_latest=1, keep_best=0)
-    monkeypatch.setattr(checkpoint_lib, "_sha256", full)
+    monkeypatch.setattr(checkpoint_lib, "sha256_of", full)
     checkpoints.save(30, make_state(30), make_data(), CONFIG)
     with pytest.raises(RuntimeError, match="step 30 could not be written .*No space left.* goes on from step 20"):
         checkpoints.__exit__()
