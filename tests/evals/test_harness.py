@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import assert_close
-from models import make_model, next_log_probs
+from models import next_log_probs
 
 from idattn.data import load_tokenizer
 from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm, task_names
-from idattn.inference import Decoder, generate_text
+from idattn.inference import generate_text
 
 BYTES = load_tokenizer("bytes")
 CHOICES = [
@@ -18,16 +18,6 @@ CHOICES = [
     {"query": "a", "choices": ["b", "ccc"], "gold": 1},
     {"query": "up", "choices": ["down", "left"], "gold": 1},
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("s4d", vocab_size=257)
-
-
-@pytest.fixture(scope="module")
-def decoder(model):
-    return Decoder(model, chunk_size=16, block_size=8)
 
 
 @pytest.fixture(scope="module")

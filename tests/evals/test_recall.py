@@ -2,23 +2,13 @@
 
 import numpy as np
 import pytest
-from models import make_model, next_log_probs
+from models import next_log_probs
 
 from idattn.data import load_tokenizer
 from idattn.evals.recall import Question, ask, fingerprint, mqar, mqar_accuracy, passkey, phonebook
-from idattn.inference import Decoder, generate_text
+from idattn.inference import generate_text
 
 BYTES = load_tokenizer("bytes")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("s4d", vocab_size=257)
-
-
-@pytest.fixture(scope="module")
-def decoder(model):
-    return Decoder(model, chunk_size=16, block_size=8)
 
 
 def test_passkey():
