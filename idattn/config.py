@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.choices import BACKENDS, READOUTS, check_choice
@@ -266,6 +267,11 @@ class Config:
         del values["compute"], values["mesh"]
         values["train"] = {name: values["train"][name] for name in ("steps", "batch_size", "accumulation")}
         return values
+
+    def differences(self, stored: "Config") -> list[str]:
+        """Where the identity of another config is not that of this one, "name: VALUE there, VALUE now" each."""
+        there, now = (flatten_dict(config.identity(), sep=".") for config in (stored, self))
+        return [f"{name}: {there[name]!r} there, {now[name]!r} now" for name in now if there[name] != now[name]]
 
 
 def quickstart() -> Config:

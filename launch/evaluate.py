@@ -235,9 +235,12 @@ def main(_):
             )
         results = found
     subject = Subject(config, params, make_decoder(config, params), load_tokenizer(config.data.tokenizer))
+    about = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "settings": {name: getattr(FLAGS, name) for name in SETTINGS},
+    }
     for task in FLAGS.tasks:
-        found = TASKS[task](subject) if task in TASKS else lm_eval(subject, task)
-        results["tasks"][task] = found | {"settings": {name: getattr(FLAGS, name) for name in SETTINGS}}
+        results["tasks"][task] = (TASKS[task](subject) if task in TASKS else lm_eval(subject, task)) | about
         write_whole(file, json.dumps(results, indent=1))
         write_whole(out / "results.md", table(results, config) + "\n")
     print(f"{FLAGS.checkpoint}, step {step}\n\n{table(results, config)}")

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -175,12 +175,7 @@ def check_same_run(workdir: epath.PathLike, config: Config) -> None:
             except OSError as error:
                 raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
-    stored, given = (
-        _named_leaves(c.identity(), is_leaf=lambda value: not isinstance(value, dict))
-        for c in (from_config_dict(json.loads(file.read_text())), config)
-    )
-    differences = [f"{key}: {stored[key]!r} there, {given[key]!r} now" for key in given if stored[key] != given[key]]
-    if differences:
+    if differences := config.differences(from_config_dict(json.loads(file.read_text()))):
         raise ValueError(
             f"{file} is of another run ({'; '.join(differences)}). Use another workdir, or --init_from to start a new "
             "run from the weights only."
@@ -336,6 +331,6 @@ def _check_structure(folder: epath.Path, abstract_state: Any) -> None:
         )
 
 
-def _named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

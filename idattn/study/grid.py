@@ -1,0 +1,124 @@
+"""The cells of a study, and the records of what they have shown: one JSON file each, small enough to be kept."""
+
+import importlib.metadata
+import itertools
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from idattn.choices import check_choice
+from idattn.config import Config, from_config_dict
+
+_PACKAGES = ("idattn", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Cell(NamedTuple):
+    """One training run of a study; as text SCALE,CONDITION,SEED."""
+
+    scale: str
+    condition: str  # a mixer, or a name for what else differs
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.scale},{self.condition},{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A grid of training runs, and what is done with each."""
+
+    cells: tuple[Cell, ...]
+    evaluate: tuple[str, ...]  # flags of launch.evaluate
+    prepare: tuple[str, ...] = ()  # flags of launch.prepare_data, --out last, where text is to be prepared
+
+    def cell(self, text: str) -> Cell:
+        """The cell that SCALE,CONDITION,SEED names.
+
+        Raises:
+          ValueError: there is none; the nearest is named.
+        """
+        names = {str(cell): cell for cell in self.cells}
+        check_choice("cell", text, names)
+        return names[text]
+
+
+def grid(scales: Iterable[str], conditions: Iterable[str], seeds: Iterable[int]) -> tuple[Cell, ...]:
+    """Every condition at every scale, seed after seed, so that a study that is stopped has whole seeds."""
+    return tuple(
+        Cell(scale, condition, seed) for scale, seed, condition in itertools.product(scales, seeds, conditions)
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result may depend on, by name."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def record_file(folder: Path, cell: Cell) -> Path:
+    """The file of a cell's record among those of `folder`."""
+    return folder / f"{cell}.json"
+
+
+def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dict[str, Any]]:
+    """The records of a study's cells that are there, in its order.
+
+    A record holds `config`, `versions`, `device`, `date`, `curve` (pairs of step and validation loss in nats per token)
+    and `evaluations` (the tasks of launch.evaluate); that of a cell that failed `error`.
+
+    Args:
+      folder: of the records.
+      configs: the study's cells with their configs.
+
+    Raises:
+      ValueError: none is there, or one is no record, of no cell of this study, of another config than the study has, or
+        of other versions than the first.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder} has no records of cells; run the study, without --report, to make them.")
+    names = {str(cell): cell for cell in configs}
+    records = {}
+    for file in files:
+        if file.stem not in names:
+            raise ValueError(f"{file} is of no cell of this study; move it away, or name the study that it is of.")
+        cell = names[file.stem]
+        try:
+            record = records[cell] = json.loads(file.read_text())
+            stored = configs[cell] if "error" in record else from_config_dict(record["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no record ({error}); remove it to have the cell done again.") from error
+        if differences := configs[cell].differences(stored):
+            raise ValueError(
+                f"{file} is of another config than the study's ({'; '.join(differences)}); move it and its run away to "
+                "have the cell trained anew, or use another workdir."
+            )
+    done = [cell for cell in configs if "error" not in records.get(cell, {"error": ""})]
+    for cell in done[1:]:
+        first, here = records[done[0]]["versions"], records[cell]["versions"]
+        if first != here:
+            mixed = "; ".join(
+                f"{name} {first.get(name)} in {done[0]}, {here.get(name)} in {cell}"
+                for name in first | here
+                if first.get(name) != here.get(name)
+            )
+            raise ValueError(
+                f"{folder} mixes versions ({mixed}); move the records and runs of one side away to have its cells "
+                "trained anew."
+            )
+    return {cell: records[cell] for cell in configs if cell in records}
+
+
+def best_loss(record: Mapping[str, Any]) -> float:
+    """The lowest validation loss of a run, in nats per token."""
+    return min(loss for _, loss in record["curve"])
+
+
+def by_condition(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The cells of each scale and condition, which differ by their seed."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.scale, cell.condition), []).append(cell)
+    return found

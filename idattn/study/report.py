@@ -1,0 +1,253 @@
+"""The report on a study: tables in markdown, the same numbers in JSON, and figures.
+
+Validation losses are the best of each run, as in the paper; spreads are sample standard deviations over seeds.
+Conditions are compared seed by seed, since a seed fixes the data and its order for all of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from idattn.config import Config
+from idattn.costs import count_parameters, state_size
+from idattn.evals.paper import RESULTS, mark
+from idattn.study.figures import draw
+from idattn.study.grid import Cell, best_loss, by_condition
+
+# What the paper's table 4 says, each as the condition that does better there, and the other.
+CLAIMS = (
+    ("queries read better than a linear readout, input [xi(k), v]", "interdomain", "dual_linear"),
+    ("queries read better than a linear readout, generic input", "single_query", "s4d"),
+    ("[xi(k), v] is a better input than a generic one", "interdomain", "single_query"),
+    ("interdomain is better than s4d", "interdomain", "s4d"),
+    ("interdomain is better than softmax", "interdomain", "softmax"),
+    ("RoPE helps interdomain", "interdomain", "interdomain_norope"),
+    ("RoPE harms s4d", "s4d", "s4d_rope"),
+)
+_MIN_SEEDS = 3
+
+
+class Spread(NamedTuple):
+    """A mean over seeds and the sample standard deviation, which is NaN for one."""
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = np.asarray(list(values))
+        return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
+
+    def show(self, digits: int, sign: str = "") -> str:
+        spread = "" if math.isnan(self.sd) else f" ± {self.sd:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{spread}"
+
+
+def write_report(workdir: Path, configs: Mapping[Cell, Config], records: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """Writes `report.md`, `report.json` and figures to `workdir`, and returns the text.
+
+    Args:
+      workdir: folder of the study.
+      configs: all cells of the study with their configs.
+      records: those that are done or failed, as of `read_records`; failed ones are listed and count nowhere else.
+    """
+    done = {cell: record for cell, record in records.items() if "error" not in record}
+    failed = {str(cell): record["error"] for cell, record in records.items() if cell not in done}
+    missing = [str(cell) for cell in configs if cell not in records]
+    first = next(iter(done.values()), {})
+    results = {
+        "cells": {"all": len(configs), "done": len(done), "failed": failed, "missing": missing},
+        "versions": first.get("versions", {}),
+        "devices": sorted({record["device"] for record in done.values()}),
+        "dates": sorted({record["date"] for record in done.values()}),
+        "validation": _validation(configs, done),
+        "claims": _claims(done),
+        "measured": _measured(configs, done),
+    }
+    (workdir / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    figures = draw(workdir, configs, done)
+    text = _text(workdir.name, results, figures)
+    (workdir / "report.md").write_text(text + "\n")
+    return text
+
+
+def _validation(configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for (scale, condition), cells in by_condition(done).items():
+        config = configs[cells[0]]
+        losses = {cell.seed: best_loss(done[cell]) for cell in cells}
+        bases = {
+            cell.seed: best_loss(done[base]) for cell in cells if (base := cell._replace(condition="softmax")) in done
+        }
+        change = [100 * math.expm1(losses[seed] - base) for seed, base in bases.items()]
+        rows.append(
+            {
+                "scale": scale,
+                "condition": condition,
+                "parameters": count_parameters(config.model)["total"],
+                "state": sum(state_size(config.model, mixer, config.data.seq_len) for mixer in config.model.mixers)
+                // len(config.model.mixers),
+                "losses": losses,
+                "loss": Spread.of(losses.values()),
+                "perplexity": Spread.of(math.exp(loss) for loss in losses.values()),
+                "percent against softmax": Spread.of(change) if change and condition != "softmax" else None,
+                "paper": _paper_perplexity(config),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["scale"], row["loss"].mean))
+
+
+def _paper_perplexity(config: Config) -> str:
+    """The paper's validation perplexity for a config's mixer, and what it is against softmax."""
+    mixer, steps = config.model.mixers[0], config.train.steps
+    scale, values = RESULTS["perplexity", "perplexity"]
+    if not mark("1.3B", config, steps):
+        scale, losses = RESULTS["perplexity", "loss"]
+        values = {name: math.exp(loss) for name, loss in losses.items()}
+    if mixer not in values:
+        return ""
+    return f"{mark(scale, config, steps)}{values[mixer]:.2f} ({100 * (values[mixer] / values['softmax'] - 1):+.1f} %)"
+
+
+def _claims(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each claim and scale the differences seed by seed, in nats; negative where it holds."""
+    _, paper = RESULTS["perplexity", "perplexity"]
+    rows = []
+    for scale in dict.fromkeys(cell.scale for cell in done):
+        for text, better, worse in CLAIMS:
+            differences = {
+                cell.seed: best_loss(record) - best_loss(done[other])
+                for cell, record in done.items()
+                if (cell.scale, cell.condition) == (scale, better) and (other := cell._replace(condition=worse)) in done
+            }
+            if differences:
+                rows.append(
+                    {
+                        "scale": scale,
+                        "claim": text,
+                        "conditions": [better, worse],
+                        "differences": differences,
+                        "difference": Spread.of(differences.values()),
+                        "paper": math.log(paper[better] / paper[worse]),
+                        "verdict": verdict(list(differences.values())),
+                    }
+                )
+    return rows
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """Whether differences that a claim has negative exceed their spread.
+
+    They do where all have the sign of their mean, and it is more than two standard deviations of them.
+    """
+    if len(differences) < _MIN_SEEDS:
+        return f"{len(differences)} of {_MIN_SEEDS} seeds"
+    mean, sd = Spread.of(differences)
+    if abs(mean) <= 2 * sd or any(x * mean <= 0 for x in differences):
+        return "within the spread"
+    return "holds" if mean < 0 else "reversed"
+
+
+def _measured(
+    configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each task the metrics of every scale and condition, with the paper's."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for (scale, condition), cells in by_condition(done).items():
+        config = configs[cells[0]]
+        for task in done[cells[0]]["evaluations"]:
+            found = [done[cell]["evaluations"][task]["metrics"] for cell in cells]
+            metrics = {name: Spread.of(one[name] for one in found) for name in found[0]}
+            row = {"scale": scale, "condition": condition, "seeds": len(cells), "metrics": metrics}
+            tables.setdefault(task, []).append(row | {"paper": _paper_results(task, metrics, config)})
+    return tables
+
+
+def _paper_results(task: str, metrics: Iterable[str], config: Config) -> str:
+    """The paper's results of a task for a config's mixer: of the same metrics, or else of all that it has."""
+    mixer = config.model.mixers[0]
+    known = {name: result for (of, name), result in RESULTS.items() if of == task and mixer in result[1]}
+    known = {name: result for name, result in known.items() if name in metrics} or known
+    known = {name: result for name, result in known.items() if task != "length" or name.startswith("mean")}
+    if not known:
+        return ""
+    scale = next(iter(known.values()))[0]
+    return mark(scale, config, config.train.steps) + ", ".join(
+        f"{values[mixer]:g} ({name})" for name, (_, values) in known.items()
+    )
+
+
+def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    cells = results["cells"]
+    parts = [
+        f"# {name}",
+        f"{cells['done']} of {cells['all']} cells. {', '.join(results['dates'])}; {', '.join(results['devices'])}; "
+        + ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+        + ".",
+    ]
+    if cells["failed"]:
+        lines = (f"* {cell}: `{error.splitlines()[-1]}`" for cell, error in cells["failed"].items())
+        parts.append("**Failed, and counted nowhere below:**\n\n" + "\n".join(lines))
+    if cells["missing"]:
+        parts.append(f"**Not done yet:** {'; '.join(cells['missing'])}.")
+    parts += [
+        "## Validation",
+        "Best validation loss of each run, mean ± sample standard deviation over seeds; against softmax seed by seed.",
+        _table(
+            ("scale", "condition", "parameters", "state a layer", "seeds", "nats per token", "perplexity",
+             "against softmax, %", "paper: perplexity (against softmax)"),
+            results["validation"],
+            lambda row: (
+                row["scale"], row["condition"], f"{row['parameters']:,}", f"{row['state']:,}", len(row["losses"]),
+                row["loss"].show(4), row["perplexity"].show(2),
+                row["percent against softmax"].show(2, "+") if row["percent against softmax"] else "", row["paper"],
+            ),
+        ),
+    ]  # fmt: skip
+    if results["claims"]:
+        parts += [
+            "## What held of the paper's claims",
+            "Differences in nats per token, seed by seed; negative is what the paper says. A claim *holds*, or is "
+            "*reversed*, where all seeds agree in sign and the mean is more than two standard deviations.",
+            _table(
+                ("scale", "claim (table 4)", "difference", "paper, 125M", "here"),
+                results["claims"],
+                lambda row: (
+                    row["scale"], f"{row['claim']} (`{'` - `'.join(row['conditions'])}`)",
+                    row["difference"].show(4, "+"), f"{row['paper']:+.4f}", f"**{row['verdict']}**",
+                ),
+            ),
+        ]  # fmt: skip
+    for task, rows in results["measured"].items():
+        names = list(rows[0]["metrics"])
+        parts += [
+            f"## {_TITLES.get(task, task)}",
+            _table(
+                ("scale", "condition", "seeds", *names, "paper"),
+                rows,
+                lambda row: (
+                    row["scale"], row["condition"], row["seeds"],
+                    *(spread.show(3) for spread in row["metrics"].values()), row["paper"],
+                ),
+            ),
+        ]  # fmt: skip
+    parts += [f"## {title}\n\n![{title}]({file})" for title, file in figures.items()]
+    return "\n\n".join(parts)
+
+
+_TITLES = {
+    "perplexity": "Perplexity",
+    "length": "Length extrapolation: perplexity in windows of so many tokens",
+    "passkey": "Recall: passkey, share found in so many tokens",
+    "phonebook": "Recall: phone book of so many entries, share right",
+    "mqar": "Recall: MQAR, share right",
+}
+
+
+def _table(head: Sequence[str], rows: Iterable[Any], cells: Callable[[Any], Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
