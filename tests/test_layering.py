@@ -24,6 +24,7 @@ ALLOWED = {
     "inference": {"data", "nn", "ops", "sharding", "config", "choices"},
     "evals": {"inference", "data", "loss", "nn", "config", "choices"},
     "costs": {"nn", "config"},
+    "study": {"evals", "costs", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "config", "choices"},
 }
 TRAINING_ONLY = {

@@ -49,3 +49,77 @@ def write_study(folder, conditions, steps):
     file = folder / "study.py"
     file.write_text(STUDY.format(folder=folder, conditions=conditions, steps=steps))
     return [sys.executable, "-m", "launch.study", f"--config={file}", f"--workdir={folder / 'study'}"]
+
+
+def test_study(settings, tmp_path):
+    """One cell that works and one that does not, side by side; then only what is left is done."""
+    command = write_study(tmp_path, ["good", "broken"], steps=4)
+    planned = subprocess.run(
+        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[2] for line in planned.stdout.splitlines()] == ["launch.train", "launch.evaluate"] * 2
+
+    done = subprocess.run([*command, "--jobs=2"], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "tiny,good,1  done, validation loss" in done.stderr + done.stdout
+    folder = tmp_path / "study"
+    record = json.loads((folder / "cells" / "tiny,good,1.json").read_text())
+    metrics = [
+        json.loads(line) for line in (folder / "runs" / "tiny,good,1" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert record["curve"] == [[row["step"], row["val_loss"]] for row in metrics if "val_loss" in row]
+    assert [step for step, _ in record["curve"]] == [2, 4] and record["device"] == "1 x cpu"
+    assert list(record["evaluations"]["length"]["corpora"]["validation"]) == ["8"]
+    failure = json.loads((folder / "cells" / "tiny,broken,1.json").read_text())["error"]
+    assert failure.endswith("model.vocab_size=37 must be at least the 257 tokens of the tokenizer 'bytes'.")
+    assert "1 of 2 cells." in done.stdout and "tiny,broken,1: `ValueError: model.vocab_size=37" in done.stdout
+
+    (folder / "runs" / "tiny,good,1" / "metrics.jsonl").unlink()  # a record is all that the report reads
+    report = subprocess.run([*command, "--report"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
+    assert report.stdout == done.stdout[done.stdout.index("# study") :]
+    planned = subprocess.run(
+        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[2] for line in planned.stdout.splitlines()] == ["launch.train", "launch.evaluate"]
+    assert "good" not in planned.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_study_goes_on(settings, tmp_path, number):
+    """The record is that of a study that nothing happened to; while a killed study's run lives, its cell is taken."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    command = write_study(whole, ["good"], steps=60)
+    subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, check=True, timeout=240)
+
+    command = write_study(stopped, ["good"], steps=60)
+    run = stopped / "study" / "runs" / "tiny,good,1"
+    process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert not (stopped / "study" / "cells").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 0 and output.endswith("stopped; the same command goes on.\n")
+    file = stopped / "study" / "cells" / "tiny,good,1.json"
+    for _ in range(100):  # after SIGKILL the run that it had begun goes on alone, and nobody else takes its cell
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=240)
+        if file.exists():
+            break
+        assert "under way elsewhere" in done.stderr + done.stdout
+    a, b = (json.loads((folder / "study" / "cells" / file.name).read_text()) for folder in (whole, stopped))
+    assert a["curve"] == b["curve"] and len(a["curve"]) == 30
+    assert a["evaluations"]["length"]["metrics"] == b["evaluations"]["length"]["metrics"]
+
+
+def test_no_study(settings, tmp_path):
+    command = [sys.executable, "-m", "launch.study", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert (
+        "configs/quickstart.py has no STUDY; name a file that defines one, such as configs/study_cpu.py." in done.stderr
+    )

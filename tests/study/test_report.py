@@ -1,0 +1,175 @@
+"""Reports on studies: numbers against numpy, what is refused, and what is said of cells that failed or are missing."""
+
+import dataclasses
+import json
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import paper
+from idattn.config import from_config_dict
+from idattn.study import Cell, Study, grid, read_records, record_file, write_report
+from idattn.study.report import verdict
+
+ROOT = Path(__file__).parents[2]
+CELLS = grid(["125M"], ["softmax", "interdomain", "s4d"], [1, 2, 3])
+CONFIGS = {
+    cell: dataclasses.replace(from_config_dict(paper.get_config(f"{cell.scale},{cell.condition}")), seed=cell.seed)
+    for cell in CELLS
+}
+RNG = np.random.default_rng(0)
+LEVELS = {"softmax": 3.0, "interdomain": 2.9, "s4d": 3.001}
+LOSSES = {cell: LEVELS[cell.condition] + 0.01 * RNG.normal() for cell in CELLS}
+
+
+def make_record(cell):
+    steps = CONFIGS[cell].train.steps
+    windows = {"perplexity": math.exp(LOSSES[cell]), "positions": [1, 4095], "by_position": [5.0, 3.0]}
+    return {
+        "config": dataclasses.asdict(CONFIGS[cell]),
+        "versions": {"python": "3.11.0", "jax": "0.10.0"},
+        "device": "4 x TPU v5p",
+        "date": "2026-11-01",
+        "curve": [[steps // 2, LOSSES[cell]], [steps, LOSSES[cell] + 0.5]],
+        "evaluations": {
+            "length": {
+                "metrics": {"mean 4096": windows["perplexity"], "mean 8192": 2 * windows["perplexity"]},
+                "corpora": {"a": {"4096": windows, "8192": windows}},
+            },
+            "passkey": {"metrics": {"1024": 0.5}},
+        },
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The records of all cells."""
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for cell in CELLS:
+        record_file(cells, cell).write_text(json.dumps(make_record(cell)))
+    return cells
+
+
+def test_numbers(folder, tmp_path):
+    text = write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS))
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.md").read_text() == text + "\n"
+    losses = {name: np.array([LOSSES[cell] for cell in CELLS if cell.condition == name]) for name in LEVELS}
+    rows = {row["condition"]: row for row in results["validation"]}
+    assert [row["condition"] for row in results["validation"]] == sorted(losses, key=lambda name: losses[name].mean())
+    for name, values in losses.items():
+        assert rows[name]["losses"] == {str(seed): value for seed, value in zip((1, 2, 3), values, strict=True)}
+        assert rows[name]["loss"] == pytest.approx([values.mean(), values.std(ddof=1)], rel=1e-12)
+        change = 100 * (np.exp(values - losses["softmax"]) - 1)
+        against = None if name == "softmax" else pytest.approx([change.mean(), change.std(ddof=1)], rel=1e-9)
+        assert rows[name]["percent against softmax"] == against
+    # The setting is the paper's here: its numbers stand without a mark; those at 1.3B have one.
+    assert rows["interdomain"]["paper"] == "16.48 (-1.0 %)" and rows["s4d"]["paper"] == "19.22 (+15.4 %)"
+    assert rows["interdomain"]["parameters"] == 135_416_208 and rows["softmax"]["state"] == 2 * 768 * 4096
+    assert "other setting (1.3B): 14.36 (mean 4096), 14.14 (mean 8192)" in text
+    assert "other setting (1.3B): 0.655 (1024)" in text
+
+    claims = {tuple(row["conditions"]): row for row in results["claims"]}
+    assert set(claims) == {("interdomain", "s4d"), ("interdomain", "softmax")}  # the others' cells are not in the study
+    differences = losses["interdomain"] - losses["s4d"]
+    found = claims["interdomain", "s4d"]
+    assert found["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
+    assert found["paper"] == pytest.approx(math.log(16.48 / 19.22)) and found["verdict"] == "holds"
+    for file in ("perplexity.png", "every.png", "beyond.png"):
+        assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([-0.3, -0.2], "2 of 3 seeds"),
+        ([-0.3, -0.2, -0.25], "holds"),
+        ([0.3, 0.2, 0.25], "reversed"),
+        ([-0.3, -0.1, -0.01], "within the spread"),
+        ([-0.3, -0.3, -0.3, -0.3, -0.3, -0.3, -0.3, 0.001], "within the spread"),
+        ([0.0, 0.0, 0.0], "within the spread"),
+    ],
+)
+def test_verdict(differences, expected):
+    assert verdict(differences) == expected
+
+
+def test_failed_and_missing_cells_count_nowhere(folder, tmp_path):
+    failed, missing = Cell("125M", "s4d", 2), Cell("125M", "softmax", 3)
+    record_file(folder, failed).write_text(json.dumps({"error": "Traceback\nMemoryError: 17 GB"}))
+    record_file(folder, missing).unlink()
+    text = write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS))
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert results["cells"] == {
+        "all": 9, "done": 7, "failed": {str(failed): "Traceback\nMemoryError: 17 GB"}, "missing": [str(missing)],
+    }  # fmt: skip
+    assert "7 of 9 cells." in text
+    assert "* 125M,s4d,2: `MemoryError: 17 GB`" in text and "**Not done yet:** 125M,softmax,3." in text
+    rows = {row["condition"]: row for row in results["validation"]}
+    assert list(rows["s4d"]["losses"]) == ["1", "3"] and list(rows["softmax"]["losses"]) == ["1", "2"]
+    both = [100 * math.expm1(LOSSES[CELLS[1]._replace(seed=n)] - LOSSES[CELLS[0]._replace(seed=n)]) for n in (1, 2)]
+    assert rows["interdomain"]["percent against softmax"][0] == pytest.approx(np.mean(both))
+    claims = {tuple(row["conditions"]): row["verdict"] for row in results["claims"]}
+    assert claims == {("interdomain", "s4d"): "2 of 3 seeds", ("interdomain", "softmax"): "2 of 3 seeds"}
+
+
+def change(key, value):
+    return lambda record: record[key].update(value) if isinstance(value, dict) else record.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change("versions", {"jax": "0.11.0"}), r"mixes versions \(jax 0\.10\.0 in 125M,softmax,1, 0\.11\.0 in"),
+        (change("config", {"seed": 4}), r"s4d,3\.json is of another config than the study's \(seed: 4 there, 3 now\)"),
+        (change("config", {"sed": 4}), r"125M,s4d,3\.json is no record \(key of config='sed' is not known"),
+        (lambda record: record.pop("config"), r"125M,s4d,3\.json is no record \('config'\)"),
+    ],
+    ids=["versions", "config", "unknown setting", "no config"],
+)  # fmt: skip
+def test_records_that_do_not_belong(folder, changed, message):
+    record = make_record(CELLS[-1])
+    changed(record)
+    record_file(folder, CELLS[-1]).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        read_records(folder, CONFIGS)
+
+
+def test_files_that_are_no_records(folder, tmp_path):
+    with pytest.raises(ValueError, match="has no records of cells; run the study, without --report"):
+        read_records(tmp_path / "empty", CONFIGS)
+    (folder / "125M,s4d,3.json").write_text("{")
+    with pytest.raises(ValueError, match=r"125M,s4d,3\.json is no record"):
+        read_records(folder, CONFIGS)
+    (folder / "125M,s4d,3.json").rename(folder / "1B,s4d,3.json")
+    with pytest.raises(ValueError, match=r"1B,s4d,3\.json is of no cell of this study"):
+        read_records(folder, CONFIGS)
+
+
+@pytest.mark.parametrize("name", ["paper", "small", "cpu", "choices"])
+def test_studies_that_ship(name):
+    """Every cell has a config of its own, which is the one that its name says."""
+    values = runpy.run_path(str(ROOT / "configs" / f"study_{name}.py"))
+    study = values["STUDY"]
+    assert isinstance(study, Study)
+    configs = {cell: from_config_dict(values["get_config"](str(cell))) for cell in study.cells}
+    assert len({str(config.identity()) for config in configs.values()}) == len(study.cells)
+    for cell, config in configs.items():
+        assert config.seed == cell.seed and config.model.mixers == (cell.condition.partition("+")[0],)
+    # Nothing but seed, mixer and the choices of a condition differs within a scale: the budget is the same for all.
+    for scale in {cell.scale for cell in study.cells}:
+        shared = [
+            dataclasses.replace(config, seed=0, model=dataclasses.replace(config.model, mixers=("s4d",), ssm=SSM))
+            for cell, config in configs.items()
+            if cell.scale == scale
+        ]
+        assert all(config == shared[0] for config in shared)
+    with pytest.raises(ValueError, match=r"cell='125M,softmx,42' is not known"):
+        study.cell("125M,softmx,42")
+
+
+SSM = CONFIGS[CELLS[0]].model.ssm
