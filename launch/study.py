@@ -98,11 +98,12 @@ class Runner:
         """Prepare the text, if the study names one and nobody has."""
         if not self.study.prepare:
             return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        with (self.workdir / "prepare.lock").open("w") as lock:
+        log = self.workdir / "runs" / "prepare.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._call("prepare_data", list(self.study.prepare), self.workdir / "prepare.log", lock):
-                raise RuntimeError(f"the text could not be prepared:\n{_end(self.workdir / 'prepare.log')}")
+            if self._call("prepare_data", list(self.study.prepare), log, lock):
+                raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
 
     def finish(self, cell: Cell) -> str:
         """Train and evaluate a cell as far as it is not yet, and write its record; returns what became of it."""

@@ -20,15 +20,13 @@ def draw(folder: Path, configs: Mapping[Cell, Config], done: Records) -> dict[st
     """Draws what the records of finished cells have, and returns the title of each figure with its file in `folder`."""
     figures = {}
     if done:
-        figures["Perplexity against compute"] = _compute(configs, done)
-        figures["Every seed"] = _seeds(done)
+        figures["compute.png"] = ("Perplexity against compute", _compute(configs, done))
+        figures["seeds.png"] = ("Every seed", _seeds(done))
     if any("length" in record["evaluations"] for record in done.values()):
-        figures["Beyond the training context"] = _lengths(configs, done)
-    files = {}
-    for title, figure in figures.items():
-        files[title] = f"{title.split()[0].lower()}.png"
-        figure.savefig(folder / files[title])
-    return files
+        figures["length.png"] = ("Beyond the training context", _lengths(configs, done))
+    for file, (_, figure) in figures.items():
+        figure.savefig(folder / file)
+    return {title: file for file, (title, _) in figures.items()}
 
 
 def _colours(done: Records) -> dict[str, str]:

@@ -32,18 +32,18 @@ _MIN_SEEDS = 3
 
 
 class Spread(NamedTuple):
-    """A mean over seeds and the sample standard deviation, which is NaN for one."""
+    """A mean over seeds and the sample standard deviation, which a single one has not."""
 
     mean: float
-    sd: float
+    sd: float | None
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
         values = np.asarray(list(values))
-        return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
+        return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
     def show(self, digits: int, sign: str = "") -> str:
-        spread = "" if math.isnan(self.sd) else f" ± {self.sd:.{digits}f}"
+        spread = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
         return f"{self.mean:{sign}.{digits}f}{spread}"
 
 

@@ -79,7 +79,7 @@ def test_numbers(folder, tmp_path):
     found = claims["interdomain", "s4d"]
     assert found["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
     assert found["paper"] == pytest.approx(math.log(16.48 / 19.22)) and found["verdict"] == "holds"
-    for file in ("perplexity.png", "every.png", "beyond.png"):
+    for file in ("compute.png", "seeds.png", "length.png"):
         assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
 
 
