@@ -8,8 +8,9 @@ VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 COMPILER := $(VENV)/.compiler
+DOCS := $(VENV)/.docs
 
-.PHONY: quickstart test test-slow lint format wheel clean
+.PHONY: quickstart test test-slow lint format docs wheel clean
 
 $(READY): pyproject.toml
 	$(PY) -m venv $(VENV)
@@ -20,6 +21,10 @@ $(READY): pyproject.toml
 # Apart, since with libtpu installed every program that finds no TPU says so.
 $(COMPILER): $(READY)
 	$(RUN) -m pip install --quiet --editable '.[dev,compile]'
+	touch $@
+
+$(DOCS): $(READY)
+	$(RUN) -m pip install --quiet --editable '.[dev,docs]'
 	touch $@
 
 quickstart: $(READY)
@@ -39,8 +44,11 @@ format: $(READY)
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+docs: $(DOCS)
+	$(RUN) -m properdocs build --strict
+
 wheel: $(READY)
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv-* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv-* build dist site *.egg-info .pytest_cache .ruff_cache

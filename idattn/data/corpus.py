@@ -30,7 +30,7 @@ class Corpus:
         """Looks at the source, but reads no document.
 
         Args:
-          source: "austen", the corpus inside the package; "hf:NAME[@REVISION][,CONFIG[,SPLIT]]", a dataset of the
+          source: "austen", the corpus inside the package; `hf:NAME[@REVISION][,CONFIG[,SPLIT]]`, a dataset of the
             Hugging Face hub, read as a stream, or a local one by its folder; or a path: `.jsonl` (`.gz`, `.xz`, `.zst`)
             with one object {"id", "text"} a line (without "id" the document is called after the file and the line,
             `file:3`); `.parquet`; `.txt`, one document; or a folder of such files, read by kind (in the order just

@@ -58,10 +58,12 @@ class TokenWindows:
         """Window number `index`.
 
         Returns:
-          inputs: (T,) int32, 0 on padding.
-          targets: (T,) int32, the token after each input, 0 on padding.
-          segment_ids: (T,) int32, the document of each input, counted from 0 in the window; -1 on padding.
-          loss_mask: (T,) float32, 1 where the target counts.
+          Arrays (T,) by name.
+
+          * `inputs`: int32, 0 on padding.
+          * `targets`: int32, the token after each input, 0 on padding.
+          * `segment_ids`: int32, the document of each input, counted from 0 in the window; -1 on padding.
+          * `loss_mask`: float32, 1 where the target counts.
 
         Raises:
           IndexError: `index` is not in [0, len).

@@ -42,7 +42,8 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
     """An `lm_eval.api.model.LM` of the model.
 
     Args:
-      decoder, tokenizer: the model.
+      decoder: the model.
+      tokenizer: of the model.
       batch_tokens: of the rows that are read together, at least one row.
 
     Raises:

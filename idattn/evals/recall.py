@@ -134,7 +134,8 @@ def mqar(
     behind a key that is asked for, and its value is only the label; here it is the next token, as a language model has.
 
     Args:
-      vocab_size, bos_id: of the model; keys are the lower half of the ids that are not BOS, values and noise the upper.
+      vocab_size: of the model; keys are the lower half of the ids that are not BOS, values and noise the upper.
+      bos_id: of the model.
       length: T, tokens of a row.
       pairs: keys of a row.
       count: N, rows.
@@ -189,7 +190,8 @@ def ask(
     """The share of questions that greedy generation answers, and what it wrote.
 
     Args:
-      decoder, tokenizer: the model.
+      decoder: the model.
+      tokenizer: of the model.
       questions: to be answered.
       num_tokens: to write at most.
       batch_size: questions that are read together, those of like length.

@@ -36,12 +36,19 @@ _SCORED_AT_ONCE = 64  # tokens of each row whose logits exist at a time
 
 
 class Context(NamedTuple):
-    """What rows have read so far; its size does not depend on how much, but for the caches of softmax layers."""
+    """What rows have read so far; its size does not depend on how much, but for the caches of softmax layers.
 
-    layers: Any  # states as of LanguageModel.init_state
-    hidden: jax.Array  # (B, D) of the last token, in the compute dtype, from which the next one is predicted
-    seen: jax.Array  # (B, V) bool, tokens that occurred
-    length: jax.Array  # (B,) int32, how many there were
+    Attributes:
+      layers: states as of LanguageModel.init_state.
+      hidden: (B, D) of the last token, in the compute dtype, from which the next one is predicted.
+      seen: (B, V) bool, tokens that occurred.
+      length: (B,) int32, how many there were.
+    """
+
+    layers: Any
+    hidden: jax.Array
+    seen: jax.Array
+    length: jax.Array
 
 
 class Decoder:

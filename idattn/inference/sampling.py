@@ -29,7 +29,7 @@ def make_sampling(
     repetition_penalty: float | np.ndarray = 1.0,
     seed: int | np.ndarray = 0,
 ) -> Sampling:
-    """Checked settings; each is one number for all rows or (batch_size,) numbers. They apply in this order:
+    """Checked settings, each one number for all rows or (batch_size,) numbers, that apply in the order given here.
 
     Args:
       batch_size: B.

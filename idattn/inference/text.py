@@ -11,11 +11,17 @@ from idattn.ops.segments import PADDING
 
 
 class Completion(NamedTuple):
-    """What was written behind one prompt."""
+    """What was written behind one prompt.
 
-    text: str  # without the stop string
-    tokens: np.ndarray  # (n,) int32, with the tokens of the stop string, or the stop token
-    finish: str  # "stop" or "length"
+    Attributes:
+      text: without the stop string.
+      tokens: (n,) int32, with the tokens of the stop string, or the stop token.
+      finish: "stop" or "length".
+    """
+
+    text: str
+    tokens: np.ndarray
+    finish: str
 
 
 def generate(
@@ -91,7 +97,7 @@ def generate_text(
     """Continue texts, each from the start of a document or from a context.
 
     Args:
-      decoder, num_tokens, context: as in `generate`.
+      decoder: as in `generate`, like `num_tokens` and `context`.
       tokenizer: of the model.
       prompts: one text for each row; an empty one starts a document.
       stop: a row ends before the first of these texts that it writes, however it is divided into tokens.

@@ -101,14 +101,13 @@ def linear_readout(
 
         X_t = Lambda X_{t-1} + B z_t^T,   y_t = Re(c_out^T C X_t)
 
-    c_out and C fold into one real convolution kernel a head, so no token pays for M x M work.
+    c_out and C fold into one real convolution kernel a head, so no token pays for M x M work. The other arguments are
+    those of `interdomain_attention`, the state being (B, H, 2, M, W).
 
     Args:
       z: (B, T, H, W) inputs.
       basis: parameters of the H states with M modes each.
       c_out: (H, M) real weights of the coefficients.
-      backend, chunk_size, segment_ids, initial_state, return_state: as in `interdomain_attention`, the state being
-        (B, H, 2, M, W).
 
     Returns:
       The outputs (B, T, H, W) in the dtype of `z`; with `return_state`, also the state (B, H, 2, M, W).
@@ -151,7 +150,8 @@ def transfer(
     Args:
       inputs: arrays (B, T, G, width) whose concatenation the state holds: (k, v), or (z,).
       basis: parameters of the G states.
-      chunk_size, segment_ids: as in `interdomain_attention`.
+      chunk_size: as in `interdomain_attention`.
+      segment_ids: as in `interdomain_attention`.
 
     Returns:
       decay (B, G, 2, M, 1), 0 where a document begins among the tokens, and own (B, G, 2, M, W), both float32 or

@@ -16,7 +16,9 @@ def softmax_attention(
     """Causal attention within documents, softmax(q k^T / sqrt(R)) v.
 
     Args:
-      q, k, v: (B, T, H, R); of a shard of the sequence its own tokens.
+      q: (B, T, H, R) queries; of a shard of the sequence its own tokens.
+      k: (B, T, H, R) their keys.
+      v: (B, T, H, R) their values.
       segment_ids: (B, T) as in `idattn.ops.interdomain_attention`, or None for one document a row; padding attends to
         itself.
       axis: the mesh axis that the tokens are split over, whose shards gather all keys and values; or None.

@@ -1,0 +1,69 @@
+"""README.md and docs/*.md: links lead to files, commands and settings are those of the program, the example runs."""
+
+import functools
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from absl import flags
+from helpers import defined_flags
+
+from idattn.config import from_config_dict, quickstart
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:python -m launch\.(\w+)|launch/\w+\.sh)((?:\\\n|[^`\n])*)")
+
+
+def commands() -> list[tuple[str, ...]]:
+    """(entry point, arguments...) of every command in the pages; the scripts hand a run's settings to launch.train."""
+    found = set()
+    for page in PAGES:
+        for name, rest in COMMAND.findall(page.read_text()):
+            arguments = shlex.split(rest.replace("\\\n", " "), comments=True)
+            if not name:
+                arguments = [word for word in arguments if word.startswith(("--config", "--workdir"))]
+            if name or arguments:
+                found.add((name or "train", *arguments))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings(page):
+    for setting in re.findall(r"--config\.([\w.]+)", page.read_text()):
+        functools.reduce(getattr, setting.split("."), quickstart())
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_command(command, monkeypatch):
+    """absl takes every flag and value: names, choices, numbers, and settings of the config file that is named."""
+
+    def define():
+        runpy.run_path(f"launch/{command[0]}.py").get("define_flags", lambda: None)()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", list(command))  # where config files look for settings
+    with defined_flags(SimpleNamespace(define_flags=define)):
+        flags.FLAGS(command)
+        if "config" in flags.FLAGS:
+            from_config_dict(flags.FLAGS.config)
+        flags.FLAGS.unparse_flags()
+
+
+def test_example():
+    """The README's lines, traced at the shapes in their comments."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    jax.eval_shape(lambda: exec(example, names))
+    assert names["y"].shape == names["x"].shape == (2, 1000, 512)
