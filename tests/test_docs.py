@@ -12,6 +12,7 @@ import jax
 import pytest
 from absl import flags
 from helpers import defined_flags
+from ml_collections import ConfigDict
 
 from idattn.config import from_config_dict, quickstart
 
@@ -56,7 +57,7 @@ def test_command(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(command))  # where config files look for settings
     with defined_flags(SimpleNamespace(define_flags=define)):
         flags.FLAGS(command)
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and isinstance(flags.FLAGS.config, ConfigDict):
             from_config_dict(flags.FLAGS.config)
         flags.FLAGS.unparse_flags()
 
