@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from idattn.config import Config
 from idattn.costs import count_parameters
@@ -50,9 +50,8 @@ def _compute(configs: Mapping[Cell, Config], done: Records) -> Figure:
                 axes.plot(flops, np.exp(losses), color=colour, linestyle=":", linewidth=1)
                 ends.append((flops[-1], np.exp(np.mean([best_loss(done[cell]) for cell in cells]))))
         axes.plot(*zip(*ends, strict=True), color=colour, marker="o", label=condition)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return figure
@@ -98,7 +97,6 @@ def _lengths(configs: Mapping[Cell, Config], done: Records) -> Figure:
         axes.axvline(next(iter(configs.values())).data.seq_len, color="gray", linestyle=":", label="trained on")
         axes.grid(alpha=0.3)
     by_length.set(xlabel="tokens in a window", ylabel="perplexity", xscale="log")
-    by_length.xaxis.set_minor_formatter(NullFormatter())
     by_position.set(xlabel="position in the longest window", ylabel="nats per token")
     by_length.legend(fontsize=8)
     return figure
@@ -111,5 +109,6 @@ def _length_curves(
     means = [np.mean([corpus[str(length)]["perplexity"] for corpus in corpora]) for length in lengths]
     by_length.plot(lengths, means, marker="o", **style)
     by_length.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
+    by_length.set_xticks([], minor=True)
     longest = [corpus[str(lengths[-1])] for corpus in corpora]
     by_position.plot(longest[0]["positions"], np.mean([one["by_position"] for one in longest], axis=0), **style)
