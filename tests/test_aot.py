@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from helpers import defined_flags, run_main
 
+from configs import study_paper
 from idattn.config import (
     ComputeConfig,
     Config,
@@ -14,7 +15,9 @@ from idattn.config import (
     OptimConfig,
     SSMConfig,
     TrainConfig,
+    from_config_dict,
 )
+from idattn.costs import count_parameters
 from launch import aot, scaling
 from launch.tpu_compiler import load_compiler
 
@@ -117,6 +120,18 @@ def test_what_does_not_fit_says_what_to_change():
         assert option in text
     smallest = aot.advice(figures, make_config(train=TrainConfig(steps=2, batch_size=4)))
     assert "remat" not in smallest and "accumulation" not in smallest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", study_paper.MIXERS)
+def test_the_papers_cells_compile(compiler, mixer):
+    """The paper's ablation at its size and budget, for the smallest slice of v5p."""
+    config = from_config_dict(study_paper.get_config(f"125M,{mixer},42"))
+    assert config.train.batch_size * config.data.seq_len == 524_288
+    changes = dict(mesh=MeshConfig(fsdp=4), compute=ComputeConfig(remat="dots"))
+    figures = aot.compile_step(dataclasses.replace(config, **changes), "v5p:2x2x1")
+    assert (figures["fits"], figures["chips"]) == (True, 4)
+    assert figures["flops"] * 4 > 6 * count_parameters(config.model)["total"] * 524_288 * 0.75  # without the embedding
 
 
 @pytest.mark.slow
