@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 BACKENDS = ("auto", "recurrent", "fft", "associative", "chunkwise", "pallas_tpu")
 READOUTS = ("transpose", "hermitian", "real")
+FEATURES = ("positive", "fourier")  # of the ideal layer
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

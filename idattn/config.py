@@ -13,20 +13,21 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from idattn.choices import BACKENDS, READOUTS, check_choice
+from idattn.choices import BACKENDS, FEATURES, READOUTS, check_choice
 
 
 @dataclass(frozen=True)
 class MixerKind:
-    """One condition of the paper's study (section 4): the same backbone, another token mixer."""
+    """A token mixer of the same backbone."""
 
     feature_map: bool = False  # the SSM reads [xi(k), v] rather than two generic inputs [a, b]
     query_readout: bool = False  # queries read the state (eq. 13) rather than a learned linear readout
     rope: bool = False  # rotary positions on the queries and on the SSM's first input
     softmax: bool = False  # softmax attention; the three flags above do not apply
+    ideal: bool = False  # the paper's ideal layer (eq. 3-9); likewise
 
 
-MIXERS: Mapping[str, MixerKind] = {
+CELLS: Mapping[str, MixerKind] = {  # the conditions of the paper's study (section 4)
     "interdomain": MixerKind(feature_map=True, query_readout=True, rope=True),
     "interdomain_norope": MixerKind(feature_map=True, query_readout=True),
     "softmax": MixerKind(softmax=True, rope=True),
@@ -35,6 +36,7 @@ MIXERS: Mapping[str, MixerKind] = {
     "s4d_rope": MixerKind(rope=True),
     "dual_linear": MixerKind(feature_map=True, rope=True),
 }
+MIXERS: Mapping[str, MixerKind] = {**CELLS, "ideal": MixerKind(ideal=True)}
 
 
 REMAT: Mapping[str, str] = {
@@ -88,6 +90,24 @@ class SSMConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IdealConfig:
+    """The random features of the ideal mixer (PAPER section 3.1), which are drawn anew from the seed, never trained."""
+
+    features: str = "positive"  # or "fourier", whose denominators may be below zero [P: either]
+    num_features: int = 64  # R [O]
+    seed: int = 0  # of the frequencies, which all layers share [O]
+    floor: float = 1e-6  # the denominators up to which the values' mean is the output [O]
+
+    def __post_init__(self):
+        check_choice("features", self.features, FEATURES)
+        _check_at_least(self, 1, "num_features")
+        _check_at_least(self, 0, "seed")
+        _check_positive(self, "floor")
+        if self.features == "fourier" and self.num_features % 2:
+            raise ValueError(f"num_features={self.num_features} must be even: a cosine and a sine for each frequency.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-style decoder whose token mixer may differ by layer (PAPER section 4)."""
 
@@ -100,7 +120,8 @@ class ModelConfig:
     rope_base: float = 10_000.0  # wavelengths of the rotary positions [O]
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm [O]
     init_std: float = 0.02  # of every matrix; residual outputs start at init_std / sqrt(2 L) [O]
-    ssm: SSMConfig = field(default_factory=SSMConfig)
+    ssm: SSMConfig = field(default_factory=SSMConfig)  # of the ideal mixer only num_modes
+    ideal: IdealConfig = field(default_factory=IdealConfig)
 
     def __post_init__(self):
         _check_at_least(self, 1, "vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim")

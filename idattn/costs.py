@@ -30,6 +30,8 @@ def state_size(config: ModelConfig, mixer: str, context: int) -> int:
     """Real numbers that one layer carries from token to token for a sequence, without convolution tails (table 5)."""
     if MIXERS[mixer].softmax:
         return 2 * config.model_dim * context
+    if MIXERS[mixer].ideal:
+        return config.num_heads * config.ssm.num_modes * (config.ideal.num_features + config.head_dim)
     return config.num_kv_heads * 2 * config.ssm.num_modes * 2 * config.head_dim
 
 
@@ -75,6 +77,11 @@ def _mixer_flops(config: ModelConfig, mixer: str, context: int) -> int:
     D, H, G, R, M = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ssm.num_modes
     if kind.softmax:
         return 8 * D**2 + 2 * D * context  # projections; scores and weighted values over half the context
+    if kind.ideal:
+        features, width = config.ideal.num_features, config.ideal.num_features + R
+        frequencies = features // 2 if config.ideal.features == "fourier" else features
+        core = 4 * R * frequencies + 2 * M**2 * width + 2 * M * width  # both features, update, read
+        return 8 * D**2 + H * core + 2 * M**3  # and the change of coefficients, one for all heads
     width = D if kind.query_readout else 2 * D  # of what the output projection reads
     narrow = G * R  # of the inputs of the state
     projections = 2 * D * (2 * narrow + width + (D if kind.query_readout else 0) + (width if ssm.output_gate else 0))

@@ -12,7 +12,7 @@ from idattn.nn import LanguageModel
 
 V = 64
 HYBRID = ("interdomain", "softmax", "s4d")
-MIXERS = [("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",)]
+MIXERS = [("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",), ("ideal",)]
 
 
 def make_model(*mixers, seed=3, **changes):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from idattn.config import MIXERS, ComputeConfig, ModelConfig
+from idattn.nn.ideal import IdealAttention
 from idattn.nn.layers import Linear, MatrixParam, RMSNorm
 from idattn.nn.softmax import SoftmaxAttention
 from idattn.nn.ssm import SSMMixer
@@ -43,6 +44,16 @@ class Block(nnx.Module):
         kind = MIXERS[mixer]
         if kind.softmax:
             self.mixer = SoftmaxAttention(config, residual_std=residual_std, rngs=rngs)
+        elif kind.ideal:
+            self.mixer = IdealAttention(
+                config.model_dim,
+                config.num_heads,
+                num_modes=config.ssm.num_modes,
+                ideal=config.ideal,
+                init_std=config.init_std,
+                residual_std=residual_std,
+                rngs=rngs,
+            )
         else:
             self.mixer = SSMMixer(config, kind, residual_std=residual_std, compute=compute, rngs=rngs)
         self.mlp = SwiGLU(config, residual_std=residual_std, rngs=rngs)

@@ -31,7 +31,7 @@ from idattn.sharding import is_split, on_shards, param_specs, spec
 class SSMState(NamedTuple):
     """What an SSM mixer carries from token to token; its size does not depend on how many came before."""
 
-    state: jax.Array  # (B, G, 2, M, R + E), float32 or what it is kept in
+    state: jax.Array  # (B, G, 2, M, R + E), of the ideal mixer (B, H, M, R + E); float32 or what it is kept in
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
     position: jax.Array  # (B,) int32, of the next token in its document
 
@@ -48,6 +48,10 @@ class SSMState(NamedTuple):
         return jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, axis=0), self, new
         )
+
+    def close(self) -> "SSMState":
+        """Itself, for a mixer whose every token of a block changes the state."""
+        return self
 
 
 class BlockState(NamedTuple):

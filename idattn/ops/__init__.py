@@ -1,7 +1,11 @@
-"""Pure array functions: the op, its decode step, the parameters of its basis, and the softmax it is held against."""
+"""Pure array functions: the op, its decode step, the parameters of its basis, the ideal layer, and softmax."""
 
 from idattn.ops.api import interdomain_attention, linear_readout, linear_step, step, transfer
 from idattn.ops.discretize import Basis
+from idattn.ops.ideal import IdealState, draw_frequencies, ideal_attention, ideal_step, random_features
 from idattn.ops.softmax import softmax_attention
 
-__all__ = ["Basis", "interdomain_attention", "linear_readout", "linear_step", "softmax_attention", "step", "transfer"]
+__all__ = [
+    "Basis", "IdealState", "draw_frequencies", "ideal_attention", "ideal_step", "interdomain_attention",
+    "linear_readout", "linear_step", "random_features", "softmax_attention", "step", "transfer",
+]  # fmt: skip

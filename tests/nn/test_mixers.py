@@ -1,4 +1,4 @@
-"""The five mixers: against the oracle, causal, the same token by token, and deaf across documents."""
+"""The mixers: against the oracle, causal, the same token by token, and deaf across documents."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from helpers import assert_close
 
-from idattn.config import MIXERS, ComputeConfig, ModelConfig, SSMConfig
-from idattn.nn import InterdomainAttention, LanguageModel, SoftmaxAttention, SSMMixer
+from idattn.config import CELLS, MIXERS, ComputeConfig, IdealConfig, ModelConfig, SSMConfig
+from idattn.nn import IdealAttention, InterdomainAttention, LanguageModel, SoftmaxAttention, SSMMixer
 from idattn.nn.layers import SSMParam
 
 COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
@@ -23,6 +23,9 @@ def make_mixer(name, **ssm):
     kind = MIXERS[name]
     if kind.softmax:
         return SoftmaxAttention(config, residual_std=0.5, rngs=nnx.Rngs(1))
+    if kind.ideal:
+        ideal = IdealConfig(num_features=8)
+        return IdealAttention(D, 2, num_modes=5, ideal=ideal, init_std=0.5, residual_std=0.5, rngs=nnx.Rngs(1))
     mixer = SSMMixer(config, kind, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
     for value in (mixer.core.first_norm, mixer.core.second_norm):
         value.bias[...] = jax.random.normal(jax.random.key(3), value.bias.shape)
@@ -50,7 +53,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in MIXERS.items() if not kind.softmax])
+@pytest.mark.parametrize("name", [name for name in CELLS if name != "softmax"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_ssm_mixers_equal_their_definition(name, gate):
     """The whole mixer in numpy, around the oracle's recurrence."""

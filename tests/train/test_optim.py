@@ -79,6 +79,7 @@ GROUPS = {
     "interdomain": (*QUERY_SSM, SSM),
     "interdomain_norope": (*QUERY_SSM, SSM),
     "softmax": (matrices("query", "key", "value"), set(), set()),
+    "ideal": (matrices("query", "key", "value"), set(), set()),
     "single_query": (QUERY_SSM[0], QUERY_SSM[1] | convolution("second"), SSM),
     "s4d": (matrices("first", "second"), convolution("first") | convolution("second"), SSM | C_OUT),
     "s4d_rope": (matrices("first", "second"), convolution("first") | convolution("second"), SSM | C_OUT),

@@ -1,0 +1,195 @@
+"""The paper's ideal layer (eq. 3-9): kernel features of the keys and the values, projected online on polynomials.
+
+Two approximations of kernel regression, sum_s K(q, k_s) v_s / sum_s K(q, k_s), each with a size of its own:
+
+* R random features stand for the kernel, K(q, k) ~ xi(q)^T xi(k) (eq. 3-5);
+* M scaled Legendre polynomials over [0, t] stand for the past (HiPPO-LegS, eq. 6): after t tokens, token s having
+  lasted from s - 1 to s, row n of U, Gamma and eta is (1/t) int_0^t f(s) g_n(s/t) ds of the keys' features, of the
+  values and of f = 1, with the orthonormal g_n(x) = sqrt(2n + 1) P_n(2x - 1).
+
+The zero-order hold of LegS, t dc/dt = -A c + B f, is c_t = E c_{t-1} + A^-1 (I - E) B f_t. Since A e_0 = B, that is
+
+    c_t = c_{t-1} + (E - I) (c_{t-1} - e_0 f_t),   E = exp(-A ln(t / (t-1))),   c_1 = e_0 f_1,   and eta = e_0:
+
+no matrix is inverted, and the denominator of eq. 8 is xi(q)^T u_0, free of error for any M.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idattn.choices import FEATURES, check_choice
+from idattn.ops.segments import PADDING, document_positions
+
+
+class IdealState(NamedTuple):
+    """What the ideal layer carries from token to token."""
+
+    coefficients: jax.Array  # (B, H, M, R + E): U, then Gamma
+    position: jax.Array  # (B,) int32, tokens of the document so far
+
+
+def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal frequencies for `random_features`, (*shape, n) float64: the same numbers for a seed everywhere.
+
+    Args:
+      seed: of NumPy's default generator.
+      kind: "positive" or "fourier".
+      num_features: R, even for "fourier", which makes two features of a frequency.
+      shape: width of what the features are of, behind as many axes as there are sets of them (H, width).
+    """
+    check_choice("kind", kind, FEATURES)
+    pairs = kind == "fourier"
+    if num_features < 1 or (pairs and num_features % 2):
+        raise ValueError(f"{num_features=} of {kind=} must be at least 1{', and even: a cosine and a sine' * pairs}.")
+    return np.random.default_rng(seed).standard_normal((*shape, num_features // 2 if pairs else num_features))
+
+
+def random_features(x: jax.Array, frequencies: jax.Array, kind: str) -> jax.Array:
+    """xi(x), for which E[xi(q)^T xi(k)] = exp(-|q - k|^2 / 2) over standard normal frequencies w.
+
+    Args:
+      x: (..., width).
+      frequencies: (width, n), or with leading axes that x has too.
+      kind: "fourier", [cos(w^T x), sin(w^T x)] / sqrt(n) (Bochner), whose products with few features or far from all
+        keys may be negative; or "positive", exp(w^T x - |x|^2) / sqrt(n), whose products cannot.
+
+    Returns:
+      (..., R) with R = 2n for "fourier" and n for "positive".
+    """
+    check_choice("kind", kind, FEATURES)
+    scale = 1 / math.sqrt(frequencies.shape[-1])
+    angle = jnp.einsum("...d,...dn->...n", x, frequencies, precision="highest")
+    if kind == "fourier":
+        return scale * jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return scale * jnp.exp(angle - jnp.sum(x**2, axis=-1, keepdims=True))
+
+
+def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Array:
+    """E - I, with E = exp(-A ln(t / (t - 1))), of the token behind `position` = t - 1 others, (..., M, M).
+
+    E turns a signal's coefficients over [0, t - 1] into those over [0, t] of the signal that goes on with zero. Its
+    entries are therefore (1 - 1/t) int_0^1 g_n((1 - 1/t) x) g_k(x) dx, which Gauss's rule of M nodes integrates exactly
+    with numbers of the size of the result; the eigenvectors of A are powers of x, conditioned like 6^M. The recursion
+    of the polynomials runs on the differences P_n(x') - P_n(x), so that what is near zero for large t has no error of
+    the size of I, which tokens would add up.
+
+    Args:
+      position: (...) integers from 0, for which the result is -I.
+      num_modes: M.
+      dtype: float32 or float64.
+    """
+    nodes, _ = np.polynomial.legendre.leggauss(num_modes)
+    degrees = np.arange(num_modes)
+    at_nodes = np.polynomial.legendre.legvander(nodes, num_modes - 1)  # (nodes, M)
+    weights = 1 / (at_nodes**2 @ (2 * degrees + 1))  # as Christoffel numbers, a hundredfold more accurate
+    step = 1 / (position.astype(dtype) + 1)
+    shift = -step[..., None] * jnp.asarray(nodes + 1, dtype)  # x' - x
+    moved = jnp.asarray(nodes, dtype) + shift
+
+    def higher(differences, degree):  # Bonnet's recursion
+        before, this = differences
+        n, polynomial = degree
+        following = ((2 * n + 1) * (moved * this + shift * polynomial) - n * before) / (n + 1)
+        return (this, following), this
+
+    zero = jnp.zeros_like(shift)
+    _, differences = jax.lax.scan(higher, (zero, zero), (jnp.asarray(degrees, dtype), jnp.asarray(at_nodes.T, dtype)))
+    norms = np.sqrt(2 * degrees + 1)
+    onto = jnp.asarray(weights[:, None] * at_nodes * norms, dtype)
+    product = jnp.einsum("n...i,ik->...nk", differences, onto, precision="highest") * jnp.asarray(norms, dtype)[:, None]
+    step, eye = step[..., None, None], jnp.eye(num_modes, dtype=dtype)
+    return jnp.where(position[..., None, None] == 0, -eye, (1 - step) * jnp.tril(product) - step * eye)
+
+
+def ideal_step(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: IdealState, *, floor: float = 1e-6
+) -> tuple[jax.Array, IdealState]:
+    """One token of `ideal_attention`: q and k (B, H, R), v (B, H, E) to the output (B, H, E) and the state after it."""
+    coefficients, position = state
+    dtype, R, M = coefficients.dtype, q.shape[-1], coefficients.shape[2]
+    f = jnp.concatenate([k, v], axis=-1).astype(dtype)
+    coefficients = jnp.where(
+        position[:, None, None, None] == 0, 0, coefficients
+    )  # what -I would leave, but for rounding
+    change = legs_change(position, M, dtype)
+    coefficients += jnp.einsum("bnm,bhmw->bhnw", change, coefficients.at[:, :, 0].add(-f), precision="highest")
+    u, gamma = coefficients[..., :R], coefficients[..., R:]
+    xi_u = jnp.einsum("bhr,bhmr->bhm", q.astype(dtype), u, precision="highest")
+    numerator = jnp.einsum("bhm,bhme->bhe", xi_u, gamma, precision="highest")
+    denominator = xi_u[:, :, :1]  # sum_m xi_u eta_m with eta = e_0
+    held = denominator > floor
+    o = jnp.where(held, numerator / jnp.where(held, denominator, 1), gamma[:, :, 0])
+    return o.astype(v.dtype), IdealState(coefficients, position + 1)
+
+
+def ideal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    num_modes: int,
+    *,
+    segment_ids: jax.Array | None = None,
+    initial_state: IdealState | None = None,
+    floor: float = 1e-6,
+) -> tuple[jax.Array, IdealState]:
+    """The ideal layer of features and values (eq. 8), token by token: o_t reads tokens 1..t.
+
+        o = sum_m (xi(q)^T u_m) gamma_m / sum_m (xi(q)^T u_m) eta_m
+
+    Safeguard: the denominator estimates the mean of K(q, k_s), which is positive. Where it is at most `floor`, no key
+    is near the query or the features are too few to tell, and the output is the plain mean of the values, gamma_0,
+    as of an infinitely wide kernel. So no output exceeds |numerator| / floor, and features that are at least 0 meet
+    it only where the kernel is that small. No gradient passes through the denominator there.
+
+    A token costs M^2 (R + E) operations a head and M^3 a row, and a backward pass keeps the coefficients of every
+    token: a reference, not the layer to scale.
+
+    Args:
+      q: (B, T, H, R) features of the queries, `random_features`.
+      k: (B, T, H, R) features of the keys.
+      v: (B, T, H, E) values.
+      num_modes: M, at least 1.
+      segment_ids: (B, T) integers. A change from one token to the next starts a new document; -1 marks padding, whose
+        output is 0 and which leaves the state as it is.
+      initial_state: what an earlier call returned, to go on from there; None to start anew.
+      floor: see above; greater than 0.
+
+    Returns:
+      The outputs (B, T, H, E) in the dtype of `v`, and the state after each row's last token that is not padding;
+      it is float32, or float64 if an input is.
+
+    Raises:
+      ValueError: shapes do not fit, or a number is out of its range.
+    """
+    B, T, H, R = q.shape
+    if k.shape != q.shape or v.shape[:3] != (B, T, H):
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must have the shapes B T H R, B T H R and B T H E.")
+    if num_modes < 1 or not floor > 0:
+        raise ValueError(f"{num_modes=} must be at least 1, and {floor=} greater than 0.")
+    dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
+    shape = (B, H, num_modes, R + v.shape[-1])
+    if initial_state is None:
+        initial_state = IdealState(jnp.zeros(shape, dtype), jnp.zeros(B, jnp.int32))
+    elif initial_state.coefficients.shape != shape:
+        raise ValueError(
+            f"the state of shape {initial_state.coefficients.shape} must have the shape {shape}: B H M R+E."
+        )
+    ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+    positions, end = document_positions(ids, initial_state.position)
+    is_token = ids != PADDING
+    # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
+    q, k, v = (jnp.where(is_token[..., None, None], x, 0) for x in (q, k, v))
+
+    def advance(coefficients, inputs):
+        q, k, v, position, is_token = inputs
+        o, after = ideal_step(q, k, v, IdealState(coefficients, position), floor=floor)
+        is_token = is_token[:, None, None]
+        return jnp.where(is_token[..., None], after.coefficients, coefficients), jnp.where(is_token, o, 0)
+
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, positions, is_token))
+    coefficients, o = jax.lax.scan(advance, initial_state.coefficients.astype(dtype), inputs)
+    return jnp.moveaxis(o, 0, 1), IdealState(coefficients, end)
