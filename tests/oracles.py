@@ -225,3 +225,40 @@ def linear_cotangents(
     g_z, result = _states_adjoint(g_after, np.asarray(g_state, np.float64), z, before, case, ids)
     g_c_out = np.einsum("bthmw,bthw->hm", read.real, g_y)
     return {"z": g_z, "c_out": g_c_out, **result, **_c_adjoint(case, g_c)}
+
+
+def ideal_forward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, num_modes: int, floor: float, segment_ids: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ideal layer by projecting the whole past of every token by quadrature: outputs and the last coefficients.
+
+    Args:
+      q, k: (B, T, H, R).
+      v: (B, T, H, E).
+      num_modes: M.
+      floor: denominators up to which the output is the mean of the values.
+      segment_ids: (B, T) or None.
+
+    Returns:
+      (B, T, H, E), 0 where padding is, and (B, H, M, R + E) after each row's last token, 0 where it has none.
+    """
+    B, T, H, R = q.shape
+    ids = np.zeros((B, T), int) if segment_ids is None else segment_ids
+    o, coefficients = np.zeros(v.shape), np.zeros((B, H, num_modes, R + v.shape[-1]))
+    nodes, weights = np.polynomial.legendre.leggauss(num_modes // 2 + 1)
+    norms = np.sqrt(2 * np.arange(num_modes) + 1)
+    begin = 0
+    for b, t in np.ndindex(B, T):
+        if t == 0 or ids[b, t] != ids[b, t - 1]:
+            begin = t
+        if ids[b, t] == PADDING:
+            continue
+        f = np.concatenate([k[b, begin : t + 1], v[b, begin : t + 1]], axis=-1)
+        times = (np.arange(len(f))[:, None] + (nodes + 1) / 2) / len(f)  # within each token's part of [0, 1]
+        basis = np.polynomial.legendre.legvander(2 * times - 1, num_modes - 1) * norms
+        coefficients[b] = np.einsum("i,sim,shw->hmw", weights / (2 * len(f)), basis, f)
+        scores = np.einsum("hr,hmr->hm", q[b, t], coefficients[b, ..., :R])
+        for h in range(H):
+            gamma = coefficients[b, h, :, R:]
+            o[b, t, h] = scores[h] @ gamma / scores[h, 0] if scores[h, 0] > floor else gamma[0]
+    return o, coefficients

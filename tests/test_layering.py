@@ -22,7 +22,7 @@ ALLOWED = {
     "nn": {"ops", "sharding", "config", "choices", "shapes"},
     "data": {"config", "choices"},
     "inference": {"data", "nn", "ops", "sharding", "config", "choices"},
-    "evals": {"inference", "data", "loss", "nn", "config", "choices"},
+    "evals": {"inference", "data", "loss", "nn", "ops", "config", "choices"},
     "costs": {"nn", "config"},
     "study": {"evals", "costs", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "config", "choices"},

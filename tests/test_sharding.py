@@ -135,6 +135,12 @@ def test_the_other_mixers_too(one_device, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
+def test_ideal_too(one_device, mesh):
+    assert_same_step(run_step(make_config(("ideal",), MESHES[mesh])), one_device(("ideal",)))
+
+
+@pytest.mark.slow
 def test_accumulation_and_shared_states_on_a_mesh(one_device):
     options = dict(accumulation=2, heads_per_kv=2)
     config = make_config(("interdomain",), MESHES["all"], **options)
@@ -261,8 +267,9 @@ def test_what_does_not_divide_is_refused(changes, message):
         check_divides(config, make_mesh(config.mesh))
 
 
-def test_a_cache_of_keys_is_not_split_over_tokens():
-    config = make_config(("softmax",), MeshConfig())
+@pytest.mark.parametrize("mixer", ["softmax", "ideal"])
+def test_what_is_not_split_over_tokens(mixer):
+    config = make_config((mixer,), MeshConfig())
     model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0))
     state = model.init_state(B, T)
     mesh = make_mesh(MeshConfig(data=1, sequence=8))

@@ -121,8 +121,8 @@ def ideal_step(
     xi_u = jnp.einsum("bhr,bhmr->bhm", q.astype(dtype), u, precision="highest")
     numerator = jnp.einsum("bhm,bhme->bhe", xi_u, gamma, precision="highest")
     denominator = xi_u[:, :, :1]  # sum_m xi_u eta_m with eta = e_0
-    held = denominator > floor
-    o = jnp.where(held, numerator / jnp.where(held, denominator, 1), gamma[:, :, 0])
+    unsafe = denominator <= floor
+    o = jnp.where(unsafe, gamma[:, :, 0], numerator / jnp.where(unsafe, 1, denominator))
     return o.astype(v.dtype), IdealState(coefficients, position + 1)
 
 
