@@ -48,6 +48,7 @@ def main(_):
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower left")
     figure.savefig(OUT.value, dpi=80)
 
 

@@ -14,6 +14,7 @@ from idattn.config import (
     ComputeConfig,
     Config,
     DataConfig,
+    IdealConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -105,8 +106,8 @@ def unknown(section, name, value, near, label=None):
     return section, {name: value}, f"{label}={value!r} is not known. Did you mean {near!r}? It must be one of "
 
 
-SSM, MODEL, DATA, OPTIM, TRAIN, COMPUTE = (
-    SSMConfig(), ModelConfig.tiny(), CONFIG.data, CONFIG.optim, CONFIG.train, CONFIG.compute
+SSM, IDEAL, MODEL, DATA, OPTIM, TRAIN, COMPUTE = (
+    SSMConfig(), IdealConfig(), ModelConfig.tiny(), CONFIG.data, CONFIG.optim, CONFIG.train, CONFIG.compute
 )  # fmt: skip
 BROKEN = [
     *at_least(SSM, 1, "num_modes", "heads_per_kv", "conv_width"),
@@ -116,6 +117,11 @@ BROKEN = [
     unknown(SSM, "c", "diag", "diagonal"),
     unknown(SSM, "c_init", "norml", "normal"),
     unknown(SSM, "rope_position", "befor", "before"),
+    *at_least(IDEAL, 1, "num_features"),
+    *at_least(IDEAL, 0, "seed"),
+    *positive(IDEAL, "floor"),
+    unknown(IDEAL, "features", "furier", "fourier"),
+    (IDEAL, {"features": "fourier", "num_features": 7}, "num_features=7 must be even: a cosine and a sine "),
     *at_least(MODEL, 1, "vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim"),
     *positive(MODEL, "rope_base", "norm_eps", "init_std"),
     (MODEL, {"mixers": ()}, "mixers=() must name at least one mixer of interdomain, "),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from configs.paper import get_config
-from idattn.config import Config, from_config_dict
+from idattn.config import CELLS, MIXERS, Config, from_config_dict
 from idattn.costs import count_parameters, describe, forward_flops_per_token, state_size, training_flops_per_token
 
 # Table 3, and the two ends of the range that section 4 states at 125M.
@@ -94,6 +94,18 @@ def test_flops_of_softmax_and_s4d_by_hand():
     # a, b, and twice the width at the output; convolutions of a and b; the same state, read by c_out: 4 a number.
     s4d = 2 * 4 * 2048 * 2048 + 2 * 2 * 4 * 2048 + 32 * (UPDATE + 64 * 128 * 4)
     assert forward_flops_per_token(config_of("1.3B", "s4d").model, 4096) == 24 * s4d + BACKBONE
+
+
+def test_ideal_by_hand():
+    """At 125M with 64 modes and features: softmax's parameters; a state for every head; one matrix for all heads."""
+    model = config_of("125M", "ideal").model
+    assert count_parameters(model)["total"] == PARAMETERS["125M", "softmax"]
+    assert state_size(model, "ideal", 4096) == 12 * 64 * (64 + 64)
+    features, update, read = 2 * 2 * 64 * 64, 2 * 64**2 * 128, 2 * 64 * 128  # of a head
+    layer = 2 * 4 * 768**2 + 12 * (features + update + read) + 2 * 64**3
+    assert forward_flops_per_token(model, 4096) == 12 * (layer + 6 * 768 * 2048) + 2 * 768 * 32_000
+    cells = {"interdomain", "interdomain_norope", "softmax", "single_query", "s4d", "s4d_rope", "dual_linear"}
+    assert set(CELLS) == cells == set(MIXERS) - {"ideal"}  # which is none of the study's seven
 
 
 def test_describe():

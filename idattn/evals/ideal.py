@@ -30,23 +30,15 @@ def draw_signal(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> 
     return np.sum(amplitudes * np.cos(2 * np.pi * periods * time + phases), axis=-1)
 
 
-def error_by_modes(
-    signal: str,
-    modes: Sequence[int],
-    *,
-    features: str = "positive",
-    num_features: int = 64,
-    T: int = 256,
-    seed: int = 0,
-) -> np.ndarray:
+def error_by_modes(signal: str, modes: Sequence[int], *, T: int = 256, seed: int = 0) -> np.ndarray:
     """The error of eq. 8's numerator with M modes, against all of the past with the same features.
 
-    Keys and values (T, 4) are the signal, 64 queries behind its last token are normal. The denominator has no error.
+    Keys and values (T, 4) are the signal, 64 queries behind its last token are normal, there are 64 positive features.
+    The denominator has no error.
 
     Args:
       signal: "smooth" or "noise".
       modes: numbers M.
-      features, num_features: kind and number R of the random features.
       T: tokens.
       seed: of the signal, the queries and the features.
 
@@ -56,16 +48,19 @@ def error_by_modes(
     """
     rng = np.random.default_rng(seed)
     k, v = (draw_signal(signal, (T, 4), rng) for _ in range(2))
-    frequencies = draw_frequencies(seed, features, num_features, (4,))
+    frequencies = draw_frequencies(seed, "positive", 64, (4,))
     with jax.enable_x64(True):
-        xi_q, xi_k = (random_features(jnp.asarray(x), frequencies, features) for x in (rng.standard_normal((64, 4)), k))
-        some = xi_k[None, :, None]
-        _, state = jax.jit(ideal_attention, static_argnums=3)(some, some, v[None, :, None], max(modes))
-        u, gamma = np.split(np.asarray(state.coefficients[0, 0]), [num_features], axis=-1)
+        xi_q, xi_k = (
+            random_features(jnp.asarray(x), frequencies, "positive") for x in (rng.standard_normal((64, 4)), k)
+        )
+        keys = xi_k[None, :, None]
+        _, state = jax.jit(ideal_attention, static_argnums=3)(keys, keys, v[None, :, None], max(modes))
+        u, gamma = np.split(np.asarray(state.coefficients[0, 0]), [xi_k.shape[-1]], axis=-1)
         xi_q, xi_k = np.asarray(xi_q), np.asarray(xi_k)
     whole = xi_q @ xi_k.T @ v / T
-    parts = np.cumsum((xi_q @ u.T).T[:, :, None] * gamma[:, None], axis=0)  # first M modes do not depend on the others
-    return np.sqrt(np.mean((parts[np.asarray(modes) - 1] - whole) ** 2, axis=(1, 2)) / np.mean(whole**2))
+    terms = (u @ xi_q.T)[:, :, None] * gamma[:, None]
+    parts = np.cumsum(terms, axis=0)[np.asarray(modes) - 1]  # the first modes do not depend on how many follow
+    return np.sqrt(np.mean((parts - whole) ** 2, axis=(1, 2)) / np.mean(whole**2))
 
 
 class FeatureErrors(NamedTuple):

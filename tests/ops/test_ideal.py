@@ -46,8 +46,7 @@ def test_the_change_is_the_zero_order_hold(M):
     np.testing.assert_array_equal(first, np.tile(-np.eye(M), (2, 1, 1)))
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("M", [1, 6, 33])
+@pytest.mark.parametrize(("M", "segmented"), [(1, False), (6, True), (33, True)])
 def test_equals_direct_projection(M, segmented):
     """Outputs and coefficients; padding holds NaN."""
     q, k, v = make_case()

@@ -1,0 +1,74 @@
+"""The ideal mixer: its definition, and features that are constants of the program."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import nnx
+from helpers import assert_close
+
+from idattn.config import IdealConfig
+from idattn.nn import IdealAttention
+
+B, T, D, H, M = 2, 9, 12, 2, 5
+
+
+def make(dtype="float32", **ideal):
+    config = IdealConfig(num_features=8, **ideal)
+    layer = IdealAttention(D, H, num_modes=M, ideal=config, init_std=0.5, residual_std=0.5, rngs=nnx.Rngs(1))
+    return layer, jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), dtype)
+
+
+@nnx.jit
+def run(layer, x):
+    return layer(x)
+
+
+@pytest.mark.parametrize("features", ["positive", "fourier"])
+def test_equals_its_definition(features):
+    layer, x = make(features=features, seed=7, floor=0.3)
+    y, state = run(layer, x)
+    weights = {name: np.asarray(getattr(layer, name).weight[...], np.float64) for name in ("query", "key", "value")}
+    q, k, v = ((np.asarray(x, np.float64) @ w).reshape(B, T, H, D // H) for w in weights.values())
+    frequencies = np.random.default_rng(7).standard_normal((H, D // H, 4 if features == "fourier" else 8))
+
+    def xi(x):
+        x = x / (D // H) ** 0.25
+        angle = np.einsum("bthd,hdn->bthn", x, frequencies)
+        if features == "fourier":
+            return np.concatenate([np.cos(angle), np.sin(angle)], axis=-1) / np.sqrt(4)
+        return np.exp(angle - (x**2).sum(axis=-1, keepdims=True)) / np.sqrt(8)
+
+    o, coefficients = oracles.ideal_forward(xi(q), xi(k), v, M, 0.3)
+    expected = o.reshape(B, T, D) @ np.asarray(layer.output.weight[...], np.float64)
+    assert_close(y, expected, "float32", reduction=T * D)
+    assert_close(state.state, coefficients, "float32", reduction=T * D)
+    np.testing.assert_array_equal(state.position, [T] * B)
+
+
+def test_features_are_drawn_from_the_seed_and_no_parameters():
+    layer, x = make()
+    state = nnx.to_flat_state(nnx.state(layer))
+    assert {".".join(map(str, path)) for path, _ in state} == {
+        f"{n}.weight" for n in ("query", "key", "value", "output")
+    }
+    y, _ = run(layer, x)
+    other = nnx.merge(nnx.graphdef(layer), nnx.state(layer))
+    np.testing.assert_array_equal(run(other, x)[0], y)  # as a checkpoint would bring it back
+    other.ideal = dataclasses.replace(layer.ideal, seed=1)
+    assert not np.allclose(run(other, x)[0], y, rtol=1e-2)
+
+
+def test_bfloat16_computes_features_and_state_in_float32():
+    layer, x = make()
+    exact, _ = run(layer, x)
+    y, state = run(layer, x.astype(jnp.bfloat16))
+    assert (y.dtype, state.state.dtype) == (jnp.bfloat16, jnp.float32)
+    assert 1e-4 < np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)) < 0.02
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="num_heads=5 must divide model_dim=12"):
+        IdealAttention(12, 5, rngs=nnx.Rngs(0))
