@@ -24,10 +24,10 @@ def draw_signal(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> 
     if kind == "noise":
         return rng.standard_normal(shape)
     time = (np.arange(T)[:, None, None] + 0.5) / T
-    periods = np.arange(1, 4)
+    cycles = np.arange(1, 4)
     phases = rng.uniform(0, 2 * np.pi, (width, 3))
     amplitudes = rng.standard_normal((width, 3)) * math.sqrt(2 / 3)
-    return np.sum(amplitudes * np.cos(2 * np.pi * periods * time + phases), axis=-1)
+    return np.sum(amplitudes * np.cos(2 * np.pi * cycles * time + phases), axis=-1)
 
 
 def error_by_modes(signal: str, modes: Sequence[int], *, T: int = 256, seed: int = 0) -> np.ndarray:

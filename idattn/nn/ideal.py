@@ -17,8 +17,9 @@ class IdealAttention(nnx.Module):
 
     The kernel is Gaussian in W_q x and W_k x over the fourth root of the head's width d, exp(-|q - k|^2 / (2 sqrt d)):
     softmax's scores, but for the vectors' lengths. Its frequencies are constants of the program, drawn from
-    `ideal.seed`: no parameters, so neither checkpoints nor the optimiser hold them. No positions: the state keeps the
-    order. A reference to compare with, at a few hundred tokens; it computes features and state in float32 or better.
+    `ideal.seed`: no parameters, so neither checkpoints nor the optimiser hold them. As in eq. 3-9, there are neither
+    convolutions nor positions. A reference to compare with, at a few hundred tokens; features and state are float32 or
+    better.
 
     Args:
       model_dim: D.

@@ -112,9 +112,8 @@ def ideal_step(
     coefficients, position = state
     dtype, R, M = coefficients.dtype, q.shape[-1], coefficients.shape[2]
     f = jnp.concatenate([k, v], axis=-1).astype(dtype)
-    coefficients = jnp.where(
-        position[:, None, None, None] == 0, 0, coefficients
-    )  # what -I would leave, but for rounding
+    starts = position[:, None, None, None] == 0  # where -I would forget all, but for rounding
+    coefficients = jnp.where(starts, 0, coefficients)
     change = legs_change(position, M, dtype)
     coefficients += jnp.einsum("bnm,bhmw->bhnw", change, coefficients.at[:, :, 0].add(-f), precision="highest")
     u, gamma = coefficients[..., :R], coefficients[..., R:]

@@ -30,7 +30,7 @@ def matrix(M):
     return np.tril(np.outer(root, root), -1) + np.diag(n + 1.0), root
 
 
-@pytest.mark.parametrize("M", [1, 2, 7, 32, 64])
+@pytest.mark.parametrize("M", [1, 8, 64])
 def test_the_change_is_the_zero_order_hold(M):
     """Against the matrix exponential, and the held input by an exponential of its own: (I - E) e_0 = A^-1 (I - E) B."""
     A, b = matrix(M)
@@ -70,10 +70,10 @@ def test_equals_direct_projection(M, segmented):
         np.testing.assert_array_equal(state.position, [T] * B)
 
 
-@pytest.mark.parametrize(("dtype", "reduction"), [("float64", 4), ("float32", 32)])
-def test_errors_do_not_add_up(dtype, reduction):
+@pytest.mark.parametrize(("dtype", "M", "reduction"), [("float64", 64, 4), ("float32", 32, 32)])
+def test_errors_do_not_add_up(dtype, M, reduction):
     """A thousand tokens keep 2e-13 of the largest coefficient in float64; eta, the signal 1, stays e_0."""
-    length, M = 1000, 32
+    length = 1000
     rng = np.random.default_rng(0)
     v = np.concatenate([rng.normal(size=(1, length, 1, E)), np.ones((1, length, 1, 1))], axis=-1)
     borders = np.polynomial.legendre.legvander(2 * np.arange(length + 1) / length - 1, M)
