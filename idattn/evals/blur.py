@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from idattn.config import MIXERS, Config
-from idattn.nn import LanguageModel
+from idattn.nn import LanguageModel, SSMMixer
 from idattn.ops import Basis
 from idattn.ops.chunks import lag_tables, make_tables
 from idattn.ops.discretize import discretize, output_matrices
@@ -101,7 +101,7 @@ def timescales(basis: Basis) -> tuple[jax.Array, jax.Array]:
 
 
 def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBlur]:
-    """What every layer with states remembers; layers of softmax attention are left out.
+    """What every layer with states remembers; layers without an SSM are left out.
 
     Args:
       config: of the run.
@@ -110,13 +110,10 @@ def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBl
       length: T, tokens of the context.
 
     Raises:
-      ValueError: no layer has a state, or `length` is below 1.
+      ValueError: no layer has an SSM, or `length` is below 1.
     """
     if length < 1:
         raise ValueError(f"{length=} must be at least 1 token.")
-    if all(MIXERS[name].softmax for name in config.model.mixers):
-        with_states = ", ".join(name for name, kind in MIXERS.items() if not kind.softmax)
-        raise ValueError(f"mixers={config.model.mixers} keep no states; choose a model with one of {with_states}.")
 
     def make_model():
         return LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed))
@@ -125,10 +122,10 @@ def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBl
     layers = []
     for layer in range(config.model.num_layers):
         repeat, place = divmod(layer, len(config.model.mixers))
-        name = config.model.mixers[place]
-        if MIXERS[name].softmax:
+        name, mixer = config.model.mixers[place], model.groups.blocks[place].mixer
+        if not isinstance(mixer, SSMMixer):
             continue
-        core = model.groups.blocks[place].mixer.core
+        core = mixer.core
         graphdef, stacked = nnx.split(core.basis)
         basis = nnx.merge(graphdef, jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked))()
         if MIXERS[name].query_readout:
@@ -136,6 +133,8 @@ def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBl
         else:
             weights = impulse_response(basis, core.c_out[repeat], length)
         layers.append(LayerBlur(layer, name, *map(np.asarray, (weights, *timescales(basis)))))
+    if not layers:
+        raise ValueError(f"mixers={config.model.mixers} have no SSM among them, such as interdomain or s4d.")
     return layers
 
 
@@ -154,10 +153,10 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
       start: the same for the parameters that the run started from.
     """
     rows, columns = len(layers), max(len(layer.weights) for layer in layers)
-    cell = max(0.8, 4.8 / max(rows, columns))  # inches
-    width, height = cell * columns + 0.5, max(cell * rows + 0.8, 6)
-    figure = Figure(figsize=(2 * width + 5.5, height), dpi=80, layout="constrained")
-    *grids, right = figure.subfigures(1, 3, width_ratios=[width, width, 5.5])
+    inches = max(0.8, 4.8 / max(rows, columns))  # of a head
+    sides = (inches * columns + 0.5, inches * columns + 0.5, 5.5)
+    figure = Figure(figsize=(sum(sides), max(inches * rows + 0.8, 6)), dpi=80, layout="constrained")
+    *grids, right = figure.subfigures(1, 3, width_ratios=sides)
     for grid, name, found in zip(grids, ("at the start", "trained"), (start, layers), strict=True):
         grid.suptitle(f"w(i, j) {name}, largest = 1")
         T = layers[0].weights.shape[-1]

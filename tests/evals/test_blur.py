@@ -118,7 +118,7 @@ def test_refusals(run):
     with pytest.raises(ValueError, match="length=0 must be at least 1"):
         read_layers(config, None, 0)
     softmax = dataclasses.replace(config, model=ModelConfig.tiny("softmax"))
-    with pytest.raises(ValueError, match=r"mixers=\('softmax',\) keep no states; choose .* interdomain, .*s4d"):
+    with pytest.raises(ValueError, match=r"mixers=\('softmax',\) have no SSM among them, such as interdomain"):
         read_layers(softmax, None, T)
 
 
