@@ -206,7 +206,8 @@ def table(results: dict[str, Any], config: Config) -> str:
         for metric, value in result["metrics"].items():
             # Within a list, and for a single task, the metric's name begins with the task's.
             name, _, rest = metric.rpartition(" ")
-            paper = beside(task, metric, config, results["step"]) or beside(name, rest, config, results["step"])
+            setting: Any = dict(config=config, step=results["step"], local=result.get("local", False))
+            paper = beside(task, metric, **setting) or beside(name, rest, **setting)
             lines.append((task, metric, f"{value:.4f}", paper))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

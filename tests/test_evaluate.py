@@ -79,3 +79,13 @@ def test_paper():
     for other, step in ((config, 1000), (quickstart(), 49_592)):
         assert beside("passkey", "1024", other, step).startswith("other setting (1.3B): softmax 0.995")
     assert beside("mqar", "1024", config, 49_592) == ""
+
+
+@pytest.mark.parametrize(("local", "mark"), [(False, ""), (True, "other setting (1.3B): ")])
+def test_rows_of_ones_own_are_another_setting(local, mark):
+    """Beside a model of the paper's setting, for a task and for the mean of a list."""
+    found = {"social_iqa acc": 0.4, "mean": 0.5}
+    results = {"step": 49_592, "tasks": {"commonsense": {"metrics": found, "local": local}}}
+    *_, task, mean = evaluate.table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
+    assert task == f"| commonsense | social_iqa acc | 0.4000 | {mark}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
+    assert mean == f"| commonsense | mean | 0.5000 | {mark}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"

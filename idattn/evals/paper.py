@@ -58,22 +58,23 @@ RESULTS: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
 """Of a task and metric the scale of the paper's model, and its result for each mixer."""
 
 
-def mark(scale: str, config: Config, step: int) -> str:
+def mark(scale: str, config: Config, step: int, *, local: bool = False) -> str:
     """What to write before the paper's results at a scale, beside those of a checkpoint: "" in the same setting.
 
-    The setting is the same where width, depth, vocabulary (32,000), context (4,096) and training tokens (to 1 %) are;
-    the text that was trained and evaluated on is for the reader to compare.
+    The setting is the same where width, depth, vocabulary (32,000), context (4,096) and training tokens (to 1 %) are,
+    and the questions are not `local`: rows of one's own, which may be others than lm-eval's, or ask otherwise. The text
+    that was trained and evaluated on is for the reader to compare.
     """
     width, depth, tokens = _SCALES[scale]
     model = config.model
     seen = step * config.train.batch_size * config.data.seq_len
     same = (model.model_dim, model.num_layers, model.vocab_size, config.data.seq_len) == (width, depth, 32_000, 4096)
-    return "" if same and abs(seen / tokens - 1) < 0.01 else f"other setting ({scale}): "
+    return "" if same and not local and abs(seen / tokens - 1) < 0.01 else f"other setting ({scale}): "
 
 
-def beside(task: str, metric: str, config: Config, step: int) -> str:
-    """The paper's results for a metric of a checkpoint, with their mark; "" where it has none."""
+def beside(task: str, metric: str, config: Config, step: int, *, local: bool = False) -> str:
+    """The paper's results for a metric of a checkpoint, with their `mark`; "" where it has none."""
     if (task, metric) not in RESULTS:
         return ""
     scale, values = RESULTS[task, metric]
-    return mark(scale, config, step) + ", ".join(f"{mixer} {value:g}" for mixer, value in values.items())
+    return mark(scale, config, step, local=local) + ", ".join(f"{name} {value:g}" for name, value in values.items())
