@@ -204,7 +204,8 @@ class DataConfig:
     """Where text comes from and how it becomes windows of tokens."""
 
     source: str = (
-        "austen"  # text of `idattn.data.Corpus`, held in memory; or a folder of launch.prepare_data, or A,B,...
+        "austen"  # text of `idattn.data.Corpus`, held in memory; or a folder of launch.prepare_data, or A,B,...;
+        # or mqar:PAIRS,ROWS, rows of `idattn.data.mqar_rows` in which only the answers count
     )
     weights: tuple[float, ...] = ()  # with several folders: the share of the windows from each
     holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders

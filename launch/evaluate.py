@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from idattn.choices import check_choice
 from idattn.config import Config
-from idattn.data import Tokenizer, eval_batches, load_data, load_stream, load_tokenizer
+from idattn.data import Tokenizer, eval_batches, load_data, load_stream, load_tokenizer, mqar_rows
 from idattn.evals import harness, length, recall
 from idattn.evals.paper import beside
 from idattn.evals.perplexity import document_losses, token_losses
@@ -164,7 +164,7 @@ def mqar(subject: Subject) -> dict[str, Any]:
     result: dict[str, Any] = {"metrics": {}, "sha256": {}}
     for T in wanted_lengths():
         for pairs in entries():
-            tokens, is_answer = recall.mqar(
+            tokens, is_answer = mqar_rows(
                 subject.config.model.vocab_size, subject.tokenizer.bos_id, T, pairs, FLAGS.limit, seed=FLAGS.seed
             )
             name = f"{pairs} pairs in {T}"

@@ -7,11 +7,13 @@ from absl import app
 from helpers import defined_flags, run_main
 from models import export_model
 
+from configs import mqar
 from configs.paper import get_config
 from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
 from idattn.evals import recall
 from idattn.evals.paper import beside
+from idattn.train import train
 from launch import evaluate
 
 
@@ -59,6 +61,14 @@ def test_results(checkpoint, tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 |" in table
     assert f"| piqa | piqa acc | {found['metrics']['piqa acc']:.4f} | other setting (1.3B): softmax 0.6942, " in table
+
+
+@pytest.mark.slow
+def test_softmax_solves_mqar(tmp_path, optimised):
+    """The command lines of the config's docstring (2 minutes): the questions are such that a model can answer them."""
+    train(mqar.get_config("softmax"), tmp_path)
+    run_main(evaluate, f"--checkpoint={tmp_path}", f"--out={tmp_path}", "--tasks=mqar", "--lengths=64", "--entries=8")
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"]["mqar"]["metrics"]["8 pairs in 64"] >= 0.9
 
 
 def test_errors(checkpoint, tmp_path):

@@ -3,6 +3,7 @@
 from idattn.data.corpus import Corpus, load_documents, split
 from idattn.data.loader import Batch, TokenWindows, count_epochs, eval_batches, load_data, load_stream, train_iterator
 from idattn.data.preparation import Preparation, prepare
+from idattn.data.recall import choose, mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import TokenStream, read_manifest, verify
 from idattn.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -15,12 +16,14 @@ __all__ = [
     "TokenStream",
     "TokenWindows",
     "Tokenizer",
+    "choose",
     "count_epochs",
     "eval_batches",
     "load_data",
     "load_documents",
     "load_stream",
     "load_tokenizer",
+    "mqar_rows",
     "prepare",
     "read_manifest",
     "split",

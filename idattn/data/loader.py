@@ -12,11 +12,13 @@ import numpy as np
 from idattn.choices import check_choice
 from idattn.config import DataConfig
 from idattn.data.corpus import load_documents, split
+from idattn.data.recall import mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import SPLITS, TokenStream, is_prepared
 from idattn.data.tokenizer import Tokenizer, encode_document, fingerprint, load_tokenizer
 
 Batch = dict[str, np.ndarray]
+_MQAR, _MQAR_VALIDATION = "mqar:", 1000  # and its rows to validate on
 _PADDING = {"inputs": 0, "targets": 0, "segment_ids": -1, "loss_mask": 0}
 
 
@@ -30,7 +32,15 @@ class TokenWindows:
       stream: (tokens,) all documents, an array or a `TokenStream`.
     """
 
-    def __init__(self, stream: np.ndarray | TokenStream, *, bos_id: int, seq_len: int, documents: str = "reset"):
+    def __init__(
+        self,
+        stream: np.ndarray | TokenStream,
+        *,
+        bos_id: int,
+        seq_len: int,
+        documents: str = "reset",
+        is_target: np.ndarray | None = None,
+    ):
         """Lays windows over a stream.
 
         Args:
@@ -39,6 +49,7 @@ class TokenWindows:
           seq_len: T, tokens in a window, at least 1.
           documents: "reset" separates the documents of a window by segment ids and masks the prediction of the next
             document's BOS; "ignore" treats the stream as one text.
+          is_target: (tokens,) bool, the tokens whose prediction counts; None for all.
 
         Raises:
           ValueError: an argument breaks its rule.
@@ -50,6 +61,7 @@ class TokenWindows:
             raise ValueError(f"the documents make {len(stream)} tokens; a window needs at least 2.")
         self.stream = stream
         self._bos_id, self._seq_len, self._reset = bos_id, seq_len, documents == "reset"
+        self._is_target = is_target
 
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self._seq_len)
@@ -74,11 +86,14 @@ class TokenWindows:
         start = number * self._seq_len
         tokens = self.stream[start : start + self._seq_len + 1].astype(np.int32)
         begins = tokens[1:] == self._bos_id if self._reset else np.zeros(len(tokens) - 1, bool)
+        counts = ~begins
+        if self._is_target is not None:
+            counts &= self._is_target[start + 1 : start + len(tokens)]
         window = {
             "inputs": tokens[:-1],
             "targets": tokens[1:],
             "segment_ids": np.concatenate([[0], np.cumsum(begins[:-1])]).astype(np.int32),
-            "loss_mask": (~begins).astype(np.float32),
+            "loss_mask": counts.astype(np.float32),
         }
         return window if len(begins) == self._seq_len else _pad(window, self._seq_len)
 
@@ -97,15 +112,18 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[T
         raise ValueError(
             f"weights={config.weights} must be one for each of the {len(sources)} sources {config.source!r}."
         )
+    is_mqar = config.source.startswith(_MQAR)
+    if config.holdout and (is_mqar or len(sources) > 1 or is_prepared(sources[0])):
+        raise ValueError(
+            f"holdout={config.holdout} names documents of a text, but {config.source!r} has validation data of its "
+            "own; set holdout=()."
+        )
+    if is_mqar:
+        return tokenizer, *_mqar_windows(config, tokenizer)
     if len(sources) == 1 and not is_prepared(sources[0]):
         texts = split(load_documents(sources[0]), config.holdout)
         streams = [[_in_memory(documents, tokenizer)] for documents in texts]
     else:
-        if config.holdout:
-            raise ValueError(
-                f"holdout={config.holdout} names documents of a text, but {config.source!r} was split when it was "
-                "prepared; set holdout=()."
-            )
         streams = [[TokenStream(source, split_name) for source in sources] for split_name in SPLITS]
         for stream, source in zip(streams[0], sources, strict=True):
             _check_tokenizer(stream.manifest["tokenizer"], tokenizer, config.tokenizer, source)
@@ -117,6 +135,22 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[T
         for part in streams
     )
     return tokenizer, train, validation
+
+
+def _mqar_windows(config: DataConfig, tokenizer: Tokenizer) -> list[list[TokenWindows]]:
+    """Windows of a row each, to train and to validate on, in which only the answers count."""
+    sizes = config.source.removeprefix(_MQAR).split(",")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"source={config.source!r} must be {_MQAR}PAIRS,ROWS, whole numbers above 0.")
+    pairs, rows = map(int, sizes)
+    parts = []
+    for count, seed in ((rows, "train"), (_MQAR_VALIDATION, "validation")):
+        tokens, is_answer = mqar_rows(tokenizer.vocab_size, tokenizer.bos_id, config.seq_len, pairs, count, seed=seed)
+        windows = TokenWindows(
+            tokens.reshape(-1), bos_id=tokenizer.bos_id, seq_len=config.seq_len, is_target=is_answer.reshape(-1)
+        )
+        parts.append([windows])
+    return parts
 
 
 def load_stream(source: str, tokenizer: Tokenizer) -> np.ndarray | TokenStream:

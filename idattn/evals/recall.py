@@ -1,4 +1,4 @@
-"""Synthetic recall made without a network: passkey (RULER S-NIAH-1), phonebook, MQAR, at any length.
+"""Synthetic recall made without a network: passkey (RULER S-NIAH-1), phonebook; scores of them and of MQAR.
 
 Prompts are functions of the seed alone, and of the tokenizer where a length is given in tokens; `fingerprint` names
 them, so that two results are known to be of the same questions. A prompt is never cut: a length without room for it is
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from idattn.data import Tokenizer
+from idattn.data import Tokenizer, choose
 from idattn.evals.scores import continue_texts, score_rows
 from idattn.inference import Decoder
 
@@ -112,64 +112,14 @@ def phonebook(entries: int, count: int, *, seed: int = 42) -> list[Question]:
         raise ValueError(f"{entries=} must be 3 (two examples and a question) to {len(names)} different names.")
     chance, questions = random.Random(f"phonebook {seed}"), []
     for _ in range(count):
-        people = _some(chance, names, entries)
+        people = choose(chance, names, entries)
         numbers = [f"{_digits(chance, 3)}-{_digits(chance, 3)}-{_digits(chance, 4)}" for _ in people]
         book = "".join(f"{name}: {number}\n" for name, number in zip(people, numbers, strict=True))
-        *examples, asked = _some(chance, list(range(entries)), 3)
+        *examples, asked = choose(chance, list(range(entries)), 3)
         shown = "".join(f"Person: {people[i]}\nNumber: {numbers[i]}\n\n" for i in examples)
-        question = (
-            f"Extract the person's phone number in the phonebook above.\n\n{shown}Person: {people[asked]}\nNumber:"
-        )
+        question = f"{_PHONEBOOK}\n\n{shown}Person: {people[asked]}\nNumber:"
         questions.append(Question(f"{book}\n{question}", numbers[asked]))
     return questions
-
-
-def mqar(
-    vocab_size: int, bos_id: int, length: int, pairs: int, count: int, *, power: float = 0.01, seed: int = 42
-) -> tuple[np.ndarray, np.ndarray]:
-    """Multi-query associative recall over token ids (Arora et al. 2023, Zoology).
-
-    BOS, then `pairs` keys and their values, then random tokens among which every key comes once more, its value behind
-    it; a key is asked for after a gap g with probability in proportion to g^(power - 1). In the original, noise stands
-    behind a key that is asked for, and its value is only the label; here it is the next token, as a language model has.
-
-    Args:
-      vocab_size: of the model; keys are the lower half of the ids that are not BOS, values and noise the upper.
-      bos_id: of the model.
-      length: T, tokens of a row.
-      pairs: keys of a row.
-      count: N, rows.
-      power: at most 1; 1 asks at all places alike.
-      seed: of the choices.
-
-    Returns:
-      tokens (N, T) int32, and is_answer (N, T) bool, the values to be recalled.
-
-    Raises:
-      ValueError: the length has no room for the pairs and their questions, or the vocabulary too few ids.
-    """
-    ids = [i for i in range(vocab_size) if i != bos_id]
-    keys, others = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    slots = (length - 1) // 2 - pairs  # of two tokens, behind the pairs
-    if not 1 <= pairs <= min(slots, len(keys)):
-        raise ValueError(
-            f"{pairs=} must be 1 to {len(keys)}, the keys of {vocab_size=}, and {length=} at least {4 * pairs + 1}: "
-            "BOS, pairs and questions."
-        )
-    chance = random.Random(f"mqar {seed}")
-    tokens, is_answer = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
-    weights = np.arange(1, slots + 1) ** (power - 1.0)
-    for row, answers in zip(tokens, is_answer, strict=True):
-        chosen, values = _some(chance, keys, pairs), _some(chance, others, pairs)
-        row[0] = bos_id
-        row[1:] = [others[int(chance.random() * len(others))] for _ in range(length - 1)]
-        row[1 : 2 * pairs + 1 : 2], row[2 : 2 * pairs + 2 : 2] = chosen, values
-        # The smallest of exponential waiting times: a choice without replacement by weight.
-        waits = np.array([chance.expovariate(1.0) for _ in range(slots)]) / weights
-        places = 2 * pairs + 1 + 2 * np.argsort(waits, kind="stable")[:pairs]
-        row[places], row[places + 1] = chosen, values
-        answers[places + 1] = True
-    return tokens, is_answer
 
 
 def fingerprint(questions: Sequence[Question] | np.ndarray) -> str:
@@ -208,15 +158,9 @@ def ask(
 
 
 def mqar_accuracy(decoder: Decoder, tokens: np.ndarray, is_answer: np.ndarray, *, batch_size: int) -> float:
-    """The share of the answers of `mqar` that are the most likely token where they stand."""
+    """The share of the answers of `mqar_rows` that are the most likely token where they stand."""
     best = [is_best for _, is_best in score_rows(decoder, tokens, batch_size, "mqar")]
     return float(np.stack(best)[is_answer].mean())
-
-
-def _some(chance: random.Random, items: Sequence[Any], count: int) -> list[Any]:
-    """Different items in random order; by `random()` alone, which is the same in every version of Python."""
-    rest = list(items)
-    return [rest.pop(int(chance.random() * len(rest))) for _ in range(count)]
 
 
 def _digits(chance: random.Random, count: int) -> str:

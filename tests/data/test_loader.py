@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from idattn.config import DataConfig
 from idattn.data.loader import TokenWindows, eval_batches, load_data, train_iterator
+from idattn.data.recall import mqar_rows
 
 BOS = 9
 
@@ -187,6 +188,35 @@ def test_load_data(tmp_path):
     assert ignoring[1]["segment_ids"].tolist() == [0, 0, 0, -1]
     assert ignoring[1]["loss_mask"].tolist() == [1, 1, 1, 0]
     assert ignoring[1]["targets"].tolist() == [256, *b"hi", 0]
+
+
+def test_mqar():
+    """A window is a row, and its answers alone count, in all of them: of training other rows than of validation."""
+    _, [train], [validation] = load_data(DataConfig(source="mqar:3,20", holdout=(), seq_len=19))
+    assert len(train) == 20 and len(validation) == 1000
+    for windows, seed in ((train, "train"), (validation, "validation")):
+        tokens, is_answer = mqar_rows(257, 256, 19, 3, len(windows), seed=seed)
+        for window, row, answers in zip((windows[i] for i in range(len(windows))), tokens, is_answer, strict=True):
+            real = window["segment_ids"] == 0
+            assert real.sum() >= 18 and (window["inputs"][real] == row[: real.sum()]).all()
+            counts = window["loss_mask"] == 1
+            assert (np.flatnonzero(counts) + 1 == np.flatnonzero(answers)).all()
+            assert (window["targets"][counts] == row[answers]).all()
+    assert not {*map(tuple, train.stream.reshape(20, 19))} & {*map(tuple, validation.stream.reshape(1000, 19))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"holdout": ("a",)}, r"holdout=\('a',\) names documents of a text, but 'mqar:3,20' has .* set holdout=\(\)"),
+        ({"source": "mqar:3"}, "source='mqar:3' must be mqar:PAIRS,ROWS, whole numbers above 0"),
+        ({"source": "mqar:0,9"}, "source='mqar:0,9' must be"),
+        ({"seq_len": 12}, "length=12 at least 13: BOS, pairs and questions"),
+    ],
+)
+def test_mqar_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(**{"source": "mqar:3,20", "holdout": (), "seq_len": 19} | changes))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from models import next_log_probs
 
-from idattn.data import load_tokenizer
-from idattn.evals.recall import Question, ask, fingerprint, mqar, mqar_accuracy, passkey, phonebook
+from idattn.data import load_tokenizer, mqar_rows
+from idattn.evals.recall import Question, ask, fingerprint, mqar_accuracy, passkey, phonebook
 from idattn.inference import generate_text
 
 BYTES = load_tokenizer("bytes")
@@ -41,7 +41,7 @@ def test_phonebook():
 
 
 def test_mqar():
-    tokens, is_answer = mqar(65, 64, 61, 8, 30)
+    tokens, is_answer = mqar_rows(65, 64, 61, 8, 30)
     assert tokens.dtype == np.int32 and (is_answer.sum(1) == 8).all() and not is_answer[:, :17].any()
     assert (tokens[:, 0] == 64).all() and (tokens[:, 1:] < 64).all()
     for row, answers in zip(tokens, is_answer, strict=True):
@@ -49,15 +49,15 @@ def test_mqar():
         (places,) = np.nonzero(answers)
         assert {*row[places - 1]} == {*values} and all(values[row[i - 1]] == row[i] for i in places)
         assert (row < 32).sum() == 16 and len({*row[2:18:2]}) == 8
-    near, even = (np.nonzero(mqar(65, 64, 401, 8, 30, power=power)[1])[1].mean() for power in (0.01, 1))
+    near, even = (np.nonzero(mqar_rows(65, 64, 401, 8, 30, power=power)[1])[1].mean() for power in (0.01, 1))
     assert near < 0.7 * even  # soon after the pairs, unless told otherwise
     for length, pairs in ((33, 9), (200, 33)):
         with pytest.raises(ValueError, match=rf"pairs={pairs} must be 1 to 32.*{length=} at least {4 * pairs + 1}:"):
-            mqar(65, 64, length, pairs, 1)
+            mqar_rows(65, 64, length, pairs, 1)
 
 
 def test_prompts_are_the_same_everywhere():
-    made = passkey(BYTES, 900, 3), phonebook(5, 3), mqar(65, 64, 33, 4, 3)[0]
+    made = passkey(BYTES, 900, 3), phonebook(5, 3), mqar_rows(65, 64, 33, 4, 3)[0]
     assert [fingerprint(questions) for questions in made] == [
         "a53d4c5393ddc390dea3fde113d6e5c277c606a3ec7ac9ab3943aa8b2d961ad7",
         "d3d2996176f31252f2fcf8c0e15d8c3661a21a91732fdb4374fa36ebc7e0ccc0",
