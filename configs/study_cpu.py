@@ -10,7 +10,7 @@ python -m launch.train --config=configs/study_cpu.py:0.8M,softmax,1 --workdir=DI
 """
 
 from idattn.config import (
-    MIXERS,
+    CELLS,
     ComputeConfig,
     Config,
     DataConfig,
@@ -25,7 +25,7 @@ from idattn.study import Study, grid
 FOLDER = "data/austen-4096"
 
 STUDY = Study(
-    cells=grid(["0.8M"], MIXERS, [1, 2, 3]),
+    cells=grid(["0.8M"], CELLS, [1, 2, 3]),
     prepare=("--source=austen", "--train_vocab=4096", "--validation=0.3", f"--out={FOLDER}"),
     evaluate=(
         "--tasks=length,passkey,phonebook,mqar", "--lengths=512,1024,1792", "--entries=4,8", "--limit=20",

@@ -8,13 +8,13 @@ configs/paper.py. The corpora of the length panel (tables 2 and 8) are yours to 
 """
 
 from configs import paper
-from idattn.config import MIXERS
+from idattn.config import CELLS
 from idattn.study import Study, grid
 
 SEEDS = [42]
 
 STUDY = Study(
-    cells=grid(["125M"], MIXERS, SEEDS) + grid(["350M", "760M", "1.3B"], ["softmax", "interdomain", "s4d"], SEEDS),
+    cells=grid(["125M"], CELLS, SEEDS) + grid(["350M", "760M", "1.3B"], ["softmax", "interdomain", "s4d"], SEEDS),
     prepare=(
         "--source=hf:HuggingFaceFW/fineweb-edu,sample-100BT", "--tokenizer=meta-llama/Llama-2-7b-hf",
         f"--out={paper.FOLDER}",

@@ -7,13 +7,13 @@ for all. The text is WikiText-103, from the Hugging Face hub; for other text cha
 accelerator was at hand.
 """
 
-from idattn.config import MIXERS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
+from idattn.config import CELLS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
 from idattn.study import Study, grid
 
 FOLDER = "data/small-8192"
 
 STUDY = Study(
-    cells=grid(["20M"], MIXERS, [1, 2, 3]),
+    cells=grid(["20M"], CELLS, [1, 2, 3]),
     prepare=(
         "--source=hf:Salesforce/wikitext,wikitext-103-raw-v1", "--train_vocab=8192", f"--out={FOLDER}",
     ),

@@ -123,7 +123,7 @@ def test_what_does_not_fit_says_what_to_change():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", study_paper.MIXERS)
+@pytest.mark.parametrize("mixer", study_paper.CELLS)
 def test_the_papers_cells_compile(compiler, mixer):
     """The paper's ablation at its size and budget, for the smallest slice of v5p."""
     config = from_config_dict(study_paper.get_config(f"125M,{mixer},42"))

@@ -7,7 +7,7 @@ from absl import app
 from helpers import defined_flags, run_main
 from models import export_model
 
-from configs import mqar
+from configs import study_mqar
 from configs.paper import get_config
 from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
@@ -66,7 +66,7 @@ def test_results(checkpoint, tmp_path, capsys):
 @pytest.mark.slow
 def test_softmax_solves_mqar(tmp_path, optimised):
     """The command lines of the config's docstring (2 minutes): the questions are such that a model can answer them."""
-    train(mqar.get_config("softmax"), tmp_path)
+    train(study_mqar.get_config(), tmp_path)
     run_main(evaluate, f"--checkpoint={tmp_path}", f"--out={tmp_path}", "--tasks=mqar", "--lengths=64", "--entries=8")
     assert json.loads((tmp_path / "results.json").read_text())["tasks"]["mqar"]["metrics"]["8 pairs in 64"] >= 0.9
 

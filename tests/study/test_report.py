@@ -150,7 +150,7 @@ def test_files_that_are_no_records(folder, tmp_path):
         read_records(folder, CONFIGS)
 
 
-@pytest.mark.parametrize("name", ["paper", "small", "cpu", "choices"])
+@pytest.mark.parametrize("name", ["paper", "small", "cpu", "choices", "mqar"])
 def test_studies_that_ship(name):
     """Every cell has a config of its own, which is the one that its name says."""
     values = runpy.run_path(str(ROOT / "configs" / f"study_{name}.py"))
