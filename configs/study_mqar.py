@@ -20,7 +20,9 @@ from idattn.config import (
 )
 from idattn.study import Study, grid
 
-STUDY = Study(cells=grid(["0.1M"], CELLS, [42]), evaluate=("--tasks=mqar", "--lengths=64", "--entries=8"))
+STUDY = Study(
+    cells=grid(["0.1M"], CELLS, [42]), evaluate=("--tasks=mqar", "--lengths=64", "--entries=8"), is_text=False
+)
 
 
 def get_config(argument: str = "0.1M,softmax,42"):

@@ -205,7 +205,8 @@ def main(_):
         if runner.stopped.is_set():
             print("stopped; the same command goes on.")
             return
-    print(write_report(workdir, runner.configs, read_records(workdir / "cells", runner.configs)))
+    records = read_records(workdir / "cells", runner.configs)
+    print(write_report(workdir, runner.configs, records, is_text=runner.study.is_text))
 
 
 if __name__ == "__main__":

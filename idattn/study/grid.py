@@ -32,7 +32,8 @@ class Study:
 
     cells: tuple[Cell, ...]
     evaluate: tuple[str, ...]  # flags of launch.evaluate
-    prepare: tuple[str, ...] = ()  # flags of launch.prepare_data, --out last, where text is to be prepared
+    prepare: tuple[str, ...] = ()  # flags of launch.prepare_data, where text is to be prepared
+    is_text: bool = True  # whether validation losses may stand beside the paper's
 
     def cell(self, text: str) -> Cell:
         """The cell that SCALE,CONDITION,SEED names.

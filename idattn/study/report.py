@@ -47,13 +47,16 @@ class Spread(NamedTuple):
         return f"{self.mean:{sign}.{digits}f}{spread}"
 
 
-def write_report(workdir: Path, configs: Mapping[Cell, Config], records: Mapping[Cell, Mapping[str, Any]]) -> str:
+def write_report(
+    workdir: Path, configs: Mapping[Cell, Config], records: Mapping[Cell, Mapping[str, Any]], *, is_text: bool = True
+) -> str:
     """Writes `report.md`, `report.json` and figures to `workdir`, and returns the text.
 
     Args:
       workdir: folder of the study.
       configs: all cells of the study with their configs.
       records: those that are done or failed, as of `read_records`; failed ones are listed and count nowhere else.
+      is_text: whether validation losses may stand beside the paper's.
     """
     done = {cell: record for cell, record in records.items() if "error" not in record}
     failed = {str(cell): record["error"] for cell, record in records.items() if cell not in done}
@@ -64,8 +67,8 @@ def write_report(workdir: Path, configs: Mapping[Cell, Config], records: Mapping
         "versions": first.get("versions", {}),
         "devices": sorted({record["device"] for record in done.values()}),
         "dates": sorted({record["date"] for record in done.values()}),
-        "validation": _validation(configs, done),
-        "claims": _claims(done),
+        "validation": _validation(configs, done, is_text),
+        "claims": _claims(done) if is_text else [],
         "measured": _measured(configs, done),
     }
     (workdir / "report.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -75,7 +78,9 @@ def write_report(workdir: Path, configs: Mapping[Cell, Config], records: Mapping
     return text
 
 
-def _validation(configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _validation(
+    configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]], is_text: bool
+) -> list[dict[str, Any]]:
     rows = []
     for (scale, condition), cells in by_condition(done).items():
         config = configs[cells[0]]
@@ -95,7 +100,7 @@ def _validation(configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str,
                 "loss": Spread.of(losses.values()),
                 "perplexity": Spread.of(math.exp(loss) for loss in losses.values()),
                 "percent against softmax": Spread.of(change) if change and condition != "softmax" else None,
-                "paper": _paper_perplexity(config),
+                "paper": _paper_perplexity(config) if is_text else "",
             }
         )
     return sorted(rows, key=lambda row: (row["scale"], row["loss"].mean))

@@ -83,6 +83,12 @@ def test_numbers(folder, tmp_path):
         assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
 
 
+def test_what_is_no_text_is_not_compared_with_the_paper(folder, tmp_path):
+    write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS), is_text=False)
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert results["claims"] == [] and {row["paper"] for row in results["validation"]} == {""}
+
+
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [
