@@ -94,7 +94,7 @@ def test_any_cuts_give_the_same(hybrid, cuts):
 
 
 def test_one_program_serves_every_length():
-    decoder = make_decoder(("s4d",))
+    decoder = make_decoder(("interdomain", "s4d"))
     for length in (9, 21, 40):
         write(decoder, decoder.prefill(np.zeros((2, length), int)), 3, temperature=length, seed=length)
     assert (decoder._read._cache_size(), decoder._decode._cache_size(), decoder._start._cache_size()) == (1, 1, 1)
