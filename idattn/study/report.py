@@ -43,7 +43,7 @@ class Spread(NamedTuple):
         return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
     def show(self, digits: int, sign: str = "") -> str:
-        spread = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
+        spread = f" ± {self.sd:.{digits}f}" if self.sd else ""
         return f"{self.mean:{sign}.{digits}f}{spread}"
 
 
