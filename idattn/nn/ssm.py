@@ -31,7 +31,7 @@ from idattn.sharding import is_split, on_shards, param_specs, spec
 class SSMState(NamedTuple):
     """What an SSM mixer carries from token to token; its size does not depend on how many came before."""
 
-    state: jax.Array  # (B, G, 2, M, R + E), of the ideal mixer (B, H, M, R + E); float32 or what it is kept in
+    state: jax.Array  # (B, G, R + E, 2M), see `blockwise.to_rows`; of the ideal mixer (B, H, M, R + E)
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
     position: jax.Array  # (B,) int32, of the next token in its document
 
@@ -57,7 +57,7 @@ class SSMState(NamedTuple):
 class BlockState(NamedTuple):
     """What an SSM mixer carries inside a block of tokens (`idattn.ops.blockwise`): the state before it is only read."""
 
-    states: jax.Array  # (layers, B, G, 2, M, R + E), of the whole stack
+    states: jax.Array  # (layers, B, G, R + E, 2M), of the whole stack
     conv_tails: dict[str, jax.Array]  # this and the next two as in SSMState, of one layer or a stack
     position: jax.Array
     block: blockwise.Block
@@ -157,7 +157,7 @@ class SSMCore(nnx.Module):
             else:
                 o = blockwise.linear(basis, self.c_out[...], state.states, state.layer, block)
             return o.astype(k.dtype).reshape(B, T, -1), BlockState(state.states, tails, end, block, state.layer)
-        ssm_state = None if state is None else state.state
+        ssm_state = None if state is None else blockwise.to_planes(state.state)
         if axis is not None:
             decay, own = ops.transfer((k, v), basis, segment_ids=segment_ids, chunk_size=self.compute.chunk_size)
             ssm_state = jnp.zeros_like(own) if ssm_state is None else ssm_state
@@ -181,7 +181,7 @@ class SSMCore(nnx.Module):
                 o, ssm_state = ops.linear_step(z[:, 0], basis, self.c_out[...], ssm_state)
             else:
                 o, ssm_state = ops.linear_readout(z, basis, self.c_out[...], initial_state=ssm_state, **options)
-        state = carry.at_the_end(SSMState(ssm_state, tails, end), segment_ids, axis)
+        state = carry.at_the_end(SSMState(blockwise.to_rows(ssm_state), tails, end), segment_ids, axis)
         return checkpoint_name(o.reshape(B, T, -1), "mixer"), state
 
     def _heads(self, x: jax.Array) -> jax.Array:
@@ -281,7 +281,7 @@ class SSMMixer(nnx.Module):
         G, R, M = self.config.num_kv_heads, self.config.head_dim, self.config.ssm.num_modes
         before, widths = self.config.ssm.conv_width - 1, self._widths()
         tails = {name: jnp.zeros((batch_size, before, widths[name]), dtype) for name in self.core.conv_names}
-        state = jnp.zeros((batch_size, G, 2, M, 2 * R), state_dtype or jnp.promote_types(dtype, jnp.float32))
+        state = jnp.zeros((batch_size, G, 2 * R, 2 * M), state_dtype or jnp.promote_types(dtype, jnp.float32))
         return SSMState(state, tails, jnp.zeros(batch_size, jnp.int32))
 
     def state_specs(self, *lead: str) -> SSMState:
@@ -291,7 +291,7 @@ class SSMMixer(nnx.Module):
 
     def open_block(self, stack: SSMState, size: int, dtype: jnp.dtype) -> BlockState:
         """The states of a stack of layers, as this is one, as of a block of up to `size` tokens in `dtype`."""
-        _, B, *_, width = stack.state.shape
+        _, B, _, width, _ = stack.state.shape
         graphdef, params = nnx.split(self.core.basis)
         blocks = jax.vmap(lambda x: blockwise.open_block(nnx.merge(graphdef, x)(), B, size, width, dtype))(params)
         return BlockState(*stack, blocks)

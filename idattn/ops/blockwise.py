@@ -50,7 +50,7 @@ def interdomain(
     Args:
       q: (B, H, R) features of its queries.
       basis: parameters of the G states.
-      states: (layers, B, G, 2, M, R + E) before the block, of a stack of layers: sliced here, so that it is not copied.
+      states: (layers, B, G, R + E, 2M) before the block, of a stack of layers: sliced here, so that it is not copied.
       layer: () int32, which of them.
       block: with the token.
       readout: as in `idattn.ops.interdomain_attention`.
@@ -61,8 +61,8 @@ def interdomain(
     q = q.reshape(B, G, H // G, R).astype(wide)
     k, v = (x.astype(wide) for x in jnp.split(block.tokens, [R], axis=-1))
     scores = jnp.einsum("bgjr,bsgr->bgjs", q, k, precision="highest")
-    y = jnp.einsum("bgjr,bgpmr->bgjpm", q, _part(states, layer, 0, R).astype(wide), precision="highest")
-    y = multiply(_decay(block)[:, None], y)
+    y = jnp.einsum("bgjr,bgrm->bgjm", q, _part(states, layer, 0, R).astype(wide), precision="highest")
+    y = multiply(_decay(block)[:, None], y.reshape(*y.shape[:3], 2, -1))
     y += jnp.einsum("bgjs,sgpm->bgjpm", scores, _lags(block), precision="highest")
     to_u, to_w = output_matrices(basis, readout)
     w = jnp.einsum(
@@ -82,23 +82,37 @@ def linear(basis: Basis, c_out: jax.Array, states: jax.Array, layer: jax.Array, 
 
 
 def close_block(state: jax.Array, block: Block) -> jax.Array:
-    """The state after the block, in its dtype."""
-    B, G, _, M, W = state.shape
-    re, im = (x[..., None] * jnp.eye(M, dtype=x.dtype) for x in jnp.moveaxis(_decay(block), 1, 0))
+    """The state (B, G, W, 2M) after the block, in its dtype."""
+    planes = state.shape[-1]
+    re, im = (x[..., None] * jnp.eye(planes // 2, dtype=x.dtype) for x in jnp.moveaxis(_decay(block), 1, 0))
     # The decays as matrices of flattened planes: XLA adds two products in one pass over the state, which complex
     # arithmetic on its planes takes several for.
     turn = jnp.block([[re, -im], [im, re]])
-    kept = jnp.einsum("gom,bgmw->bgow", turn, state.reshape(B, G, 2 * M, W).astype(turn.dtype), precision="highest")
-    own = jnp.einsum(
-        "bsgw,sgm->bgmw", block.tokens.astype(turn.dtype), _lags(block).reshape(-1, G, 2 * M), precision="highest"
-    )
-    return (kept + own).reshape(state.shape).astype(state.dtype)
+    lags = _lags(block).reshape(-1, turn.shape[0], planes)
+    kept = jnp.einsum("gom,bgwm->bgwo", turn, state.astype(turn.dtype), precision="highest")
+    own = jnp.einsum("bsgw,sgm->bgwm", block.tokens.astype(turn.dtype), lags, precision="highest")
+    return (kept + own).astype(state.dtype)
+
+
+def to_rows(state: jax.Array) -> jax.Array:
+    """A state (..., 2, M, W) of the ops as (..., W, 2M), of which keys are read without values and these without keys.
+
+    Memory of a TPU is read in tiles, 128 of the last axis wide: half the channels of W = 128 would be all of them.
+    """
+    *lead, _, M, W = state.shape
+    return jnp.swapaxes(state.reshape(*lead, 2 * M, W), -1, -2)
+
+
+def to_planes(rows: jax.Array) -> jax.Array:
+    """What `to_rows` was given."""
+    *lead, W, planes = rows.shape
+    return jnp.swapaxes(rows, -1, -2).reshape(*lead, 2, planes // 2, W)
 
 
 def _part(states: jax.Array, layer: jax.Array, start: int, width: int) -> jax.Array:
-    """(B, G, 2, M, width) of a layer of the stack."""
-    sizes = (1, *states.shape[1:-1], width)
-    return jax.lax.dynamic_slice(states, (layer, 0, 0, 0, 0, start), sizes)[0]
+    """(B, G, width, 2M) of a layer of the stack."""
+    _, B, G, _, planes = states.shape
+    return jax.lax.dynamic_slice(states, (layer, 0, 0, start, 0), (1, B, G, width, planes))[0]
 
 
 def _decay(block: Block) -> jax.Array:
@@ -113,9 +127,10 @@ def _lags(block: Block) -> jax.Array:
 
 
 def _read(w: jax.Array, block: Block, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the part `state` (B, G, 2, M, E) of X^0 and its tokens."""
+    """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the part `state` (B, G, E, 2M) of X^0 and its tokens."""
     sign = jnp.asarray([1, -1], w.dtype)[:, None]
     decayed = multiply(w, _decay(block)[:, None]) * sign
     p = jnp.einsum("bgjpm,sgpm->bgjs", w * sign, _lags(block), precision="highest")
     o = jnp.einsum("bgjs,bsge->bgje", p, tokens, precision="highest")
-    return o + jnp.einsum("bgjpm,bgpme->bgje", decayed, state.astype(w.dtype), precision="highest")
+    decayed = decayed.reshape(*decayed.shape[:3], -1)
+    return o + jnp.einsum("bgjm,bgem->bgje", decayed, state.astype(w.dtype), precision="highest")

@@ -193,7 +193,7 @@ def test_query_heads_that_share_a_state():
     """heads_per_kv = H gives a single state, an H-th of the recurrent memory."""
     layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), compute=COMPUTE, num_modes=5, heads_per_kv=2)
     _, state = run(layer, inputs())
-    assert state.state.shape == (B, 1, 2, 5, 12)
+    assert state.state.shape == (B, 1, 12, 2 * 5)
     with pytest.raises(ValueError, match="heads_per_kv=2 needs a readout by queries"):
         make_mixer("s4d", heads_per_kv=2)
 
