@@ -111,14 +111,15 @@ def test_traffic_of_a_program():
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, optimised):
-    """1.3B in bfloat16: at most 1.15 times the weights without the input embedding and the state read and written."""
+    """1.3B in bfloat16: at most 1.05 times the weights without the input embedding and the state read and written."""
     pytest.importorskip("libtpu")
     run_main(
         bench_decode, "--scale=1.3B", "--mixer=interdomain", "--dtype=bfloat16", "--topology=v5e:2x2", "--steps=32",
         "--prefix=512", f"--batch_size={batch_size}", f"--out={tmp_path}",
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert 0.9 < row["token_bytes"] / row["least_bytes"] < 1.15
-    assert row["block_share_bytes"] / row["least_bytes"] < 0.12
+    # Of 64 rows less than the least of tokens one by one: inside a block states are only read.
+    assert row["token_bytes"] / row["least_bytes"] > 0.7
+    assert (row["token_bytes"] + row["block_share_bytes"]) / row["least_bytes"] < 1.05
     # Temporaries hold no copy of the 2.6 GB of weights; of 64 rows, one matrix of each layer in another layout.
     assert row["decode_bytes"] < {1: 0.1e9, 64: 1e9}[batch_size]

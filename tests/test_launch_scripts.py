@@ -48,6 +48,7 @@ def execute():
         process = subprocess.Popen(
             [ROOT / "launch" / f"{name}.sh", *arguments], cwd=ROOT, env=inherited | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
         )  # fmt: skip
         started.append(process)
         return process
