@@ -178,12 +178,10 @@ def _paper_results(task: str, metrics: Iterable[str], config: Config) -> str:
     known = {name: result for (of, name), result in RESULTS.items() if of == task and mixer in result[1]}
     known = {name: result for name, result in known.items() if name in metrics} or known
     known = {name: result for name, result in known.items() if task != "length" or name.startswith("mean")}
-    if not known:
-        return ""
-    scale = next(iter(known.values()))[0]
-    return mark(scale, config, config.train.steps) + ", ".join(
-        f"{values[mixer]:g} ({name})" for name, (_, values) in known.items()
-    )
+    by_scale: dict[str, list[str]] = {}
+    for name, (scale, values) in known.items():
+        by_scale.setdefault(scale, []).append(f"{values[mixer]:g} ({name})")
+    return "; ".join(mark(scale, config, config.train.steps) + ", ".join(shown) for scale, shown in by_scale.items())
 
 
 def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> str:

@@ -40,6 +40,7 @@ def make_record(cell):
                 "corpora": {"a": {"4096": windows, "8192": windows}},
             },
             "passkey": {"metrics": {"1024": 0.5}},
+            "perplexity": {"metrics": {"loss": 2.8, "perplexity": 16.4}},
         },
     }
 
@@ -72,6 +73,7 @@ def test_numbers(folder, tmp_path):
     assert rows["interdomain"]["parameters"] == 135_416_208 and rows["softmax"]["state"] == 2 * 768 * 4096
     assert "other setting (1.3B): 14.36 (mean 4096), 14.14 (mean 8192)" in text
     assert "other setting (1.3B): 0.655 (1024)" in text
+    assert "| other setting (1.3B): 2.077 (loss); 16.48 (perplexity) |" in text
 
     claims = {tuple(row["conditions"]): row for row in results["claims"]}
     assert set(claims) == {("interdomain", "s4d"), ("interdomain", "softmax")}  # the others' cells are not in the study
