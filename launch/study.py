@@ -87,7 +87,7 @@ class Runner:
     def missing(self, cell: Cell) -> Iterator[tuple[str, list[str]]]:
         """The entry points, with their arguments, that a cell without a record still has to go through, in order."""
         run, config = self.workdir / "runs" / str(cell), self.configs[cell]
-        if not (curve := _curve(run)) or curve[-1][0] < config.train.steps:
+        if not (run / "checkpoints" / str(config.train.steps)).is_dir():  # which is there whole, or not at all
             yield "train", [f"--config={self.file}:{cell}", f"--workdir={run}"]
         found = _evaluations(run)
         tasks = next(flag for flag in self.study.evaluate if flag.startswith("--tasks="))
@@ -95,8 +95,8 @@ class Runner:
             yield "evaluate", [f"--checkpoint={run}", *self.study.evaluate, f"--out={run / 'evals'}"]
 
     def prepare(self) -> None:
-        """Prepare the text, if the study names one and nobody has."""
-        if not self.study.prepare:
+        """Prepare the text, if the study names one, nobody has, and a cell still needs it."""
+        if not self.study.prepare or all(map(self.is_done, self.study.cells)):
             return
         log = self.workdir / "runs" / "prepare.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,8 @@ class Runner:
                 if failed or name in (step for step, _ in self.missing(cell)):
                     write_whole(file, json.dumps({"error": _end(log)}, indent=1))
                     return f"failed, see {log}"
-            curve, found = _curve(run), _evaluations(run)
+            found, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
+            curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
             record = {
                 "config": json.loads((run / "config.json").read_text()),
                 "versions": versions(),
@@ -164,12 +165,6 @@ def _claimed(file: Path) -> Iterator[IO | None]:
             yield None
             return
         yield lock
-
-
-def _curve(run: Path) -> list[tuple[int, float]]:
-    """Steps and validation losses of a run."""
-    file = run / "metrics.jsonl"
-    return [(row["step"], row["val_loss"]) for row in read_metrics(file) if "val_loss" in row] if file.exists() else []
 
 
 def _evaluations(run: Path) -> dict[str, Any] | None:

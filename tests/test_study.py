@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,14 @@ def test_study(settings, tmp_path):
     )
     assert [line.split()[2] for line in planned.stdout.splitlines()] == ["launch.train", "launch.evaluate"]
     assert "good" not in planned.stdout
+
+    # A run that was killed between its last evaluation and its last checkpoint is not trained.
+    (folder / "cells" / "tiny,good,1.json").unlink()
+    shutil.rmtree(folder / "runs" / "tiny,good,1" / "checkpoints" / "4")
+    planned = subprocess.run(
+        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[2] for line in planned.stdout.splitlines() if "good" in line] == ["launch.train"]
 
 
 @pytest.mark.slow
