@@ -62,12 +62,15 @@ def write_report(
     failed = {str(cell): record["error"] for cell, record in records.items() if cell not in done}
     missing = [str(cell) for cell in configs if cell not in records]
     first = next(iter(done.values()), {})
+    conditions = [cell.condition for cell in configs]
+    reference = "softmax" if "softmax" in conditions else conditions[0]
     results = {
         "cells": {"all": len(configs), "done": len(done), "failed": failed, "missing": missing},
         "versions": first.get("versions", {}),
         "devices": sorted({record["device"] for record in done.values()}),
         "dates": sorted({record["date"] for record in done.values()}),
-        "validation": _validation(configs, done, is_text),
+        "reference": reference,
+        "validation": _validation(configs, done, reference, is_text),
         "claims": _claims(done) if is_text else [],
         "measured": _measured(configs, done),
     }
@@ -79,14 +82,14 @@ def write_report(
 
 
 def _validation(
-    configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]], is_text: bool
+    configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]], reference: str, is_text: bool
 ) -> list[dict[str, Any]]:
     rows = []
     for (scale, condition), cells in by_condition(done).items():
         config = configs[cells[0]]
         losses = {cell.seed: best_loss(done[cell]) for cell in cells}
         bases = {
-            cell.seed: best_loss(done[base]) for cell in cells if (base := cell._replace(condition="softmax")) in done
+            cell.seed: best_loss(done[base]) for cell in cells if (base := cell._replace(condition=reference)) in done
         }
         change = [100 * math.expm1(losses[seed] - base) for seed, base in bases.items()]
         rows.append(
@@ -99,7 +102,7 @@ def _validation(
                 "losses": losses,
                 "loss": Spread.of(losses.values()),
                 "perplexity": Spread.of(math.exp(loss) for loss in losses.values()),
-                "percent against softmax": Spread.of(change) if change and condition != "softmax" else None,
+                "percent against reference": Spread.of(change) if change and condition != reference else None,
                 "paper": _paper_perplexity(config) if is_text else "",
             }
         )
@@ -199,15 +202,16 @@ def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> 
         parts.append(f"**Not done yet:** {'; '.join(cells['missing'])}.")
     parts += [
         "## Validation",
-        "Best validation loss of each run, mean ± sample standard deviation over seeds; against softmax seed by seed.",
+        f"Best validation loss of each run, mean ± sample standard deviation over seeds; perplexity against "
+        f"{results['reference']} seed by seed.",
         _table(
             ("scale", "condition", "parameters", "state a layer", "seeds", "nats per token", "perplexity",
-             "against softmax, %", "paper: perplexity (against softmax)"),
+             f"against {results['reference']}, %", "paper: perplexity (against softmax)"),
             results["validation"],
             lambda row: (
                 row["scale"], row["condition"], f"{row['parameters']:,}", f"{row['state']:,}", len(row["losses"]),
                 row["loss"].show(4), row["perplexity"].show(2),
-                row["percent against softmax"].show(2, "+") if row["percent against softmax"] else "", row["paper"],
+                row["percent against reference"].show(2, "+") if row["percent against reference"] else "", row["paper"],
             ),
         ),
     ]  # fmt: skip
