@@ -13,15 +13,15 @@ import json
 import math
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from idattn.evals.blur import LayerBlur, blur_kernel, draw_weights, plot_layers, read_layers, resolution
-from idattn.ops import Basis
+from idattn.nn import InterdomainAttention
 from idattn.train.checkpoint import load_params
 
 FLAGS = flags.FLAGS
@@ -37,13 +37,12 @@ def define_flags() -> None:
 
 def plot_start(length: int) -> Figure:
     """The heads of the module's docstring."""
-    n = np.arange(M)
-    a_imag = jnp.asarray(M / np.pi * (M / (2 * n + 1) - 1), jnp.float32)
-    one = jnp.ones((len(DELTAS), 1), jnp.float32)
-    basis = Basis(jnp.log(jnp.asarray(DELTAS)), np.log(0.5) * one * jnp.ones(M), one * a_imag, None)
     figure = Figure(figsize=(10, 3.4), dpi=80, layout="constrained")
     axes = figure.subplots(1, len(DELTAS), sharey=True)
-    for cell, delta, weights in zip(axes, DELTAS, np.asarray(blur_kernel(basis, length, "hermitian")), strict=True):
+    for cell, delta in zip(axes, DELTAS, strict=True):
+        options = dict(c="identity", readout="hermitian", delta_min=delta, delta_max=delta)
+        layer = InterdomainAttention(M, 1, num_modes=M, rngs=nnx.Rngs(0), **options)
+        (weights,) = np.asarray(blur_kernel(layer.core.basis(), length, "hermitian"))
         image = draw_weights(cell, weights)
         cell.set(title=f"$\\Delta$ = {delta}", xlabel="j, tokens since the value")
     axes[0].set_ylabel("i, tokens since the key")

@@ -1,10 +1,9 @@
 """The paper's results (arXiv 2605.24330, tables 2, 4, 6 to 9), to stand beside those of other models."""
 
-from idattn.config import Config
+from idattn.config import CELLS, Config
 
 # Model width, layers and training tokens of the scales that results are given for.
 _SCALES = {"125M": (768, 12, 2.5e9), "1.3B": (2048, 24, 26e9)}
-_STUDY = ("interdomain", "interdomain_norope", "softmax", "single_query", "s4d", "s4d_rope", "dual_linear")
 _MIXERS = ("softmax", "interdomain", "s4d")
 _LENGTHS = (4096, 8192, 14336)
 _CORPORA = {
@@ -52,7 +51,7 @@ RESULTS: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
     },
     ("perplexity", "perplexity"): (
         "125M",
-        dict(zip(_STUDY, (16.48, 16.51, 16.65, 16.94, 19.22, 19.77, 20.18), strict=True)),
+        dict(zip(CELLS, (16.48, 16.51, 16.65, 16.94, 19.22, 19.77, 20.18), strict=True)),
     ),
 }
 """Of a task and metric the scale of the paper's model, and its result for each mixer."""
