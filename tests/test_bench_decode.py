@@ -109,8 +109,8 @@ def test_traffic_of_a_program():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, optimised):
+@pytest.mark.parametrize(("batch_size", "at_least"), [(1, 0.9), (64, 0.7)])
+def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, at_least, optimised):
     """1.3B in bfloat16: at most 1.05 times the weights without the input embedding and the state read and written."""
     pytest.importorskip("libtpu")
     run_main(
@@ -119,7 +119,8 @@ def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, optimised):
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
     # Of 64 rows less than the least of tokens one by one: inside a block states are only read.
-    assert row["token_bytes"] / row["least_bytes"] > 0.7
+    assert row["token_bytes"] / row["least_bytes"] > at_least
+    assert row["block_share_bytes"] / row["least_bytes"] < 0.12
     assert (row["token_bytes"] + row["block_share_bytes"]) / row["least_bytes"] < 1.05
     # Temporaries hold no copy of the 2.6 GB of weights; of 64 rows, one matrix of each layer in another layout.
     assert row["decode_bytes"] < {1: 0.1e9, 64: 1e9}[batch_size]
