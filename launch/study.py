@@ -121,7 +121,8 @@ class Runner:
                 if self.stopped.is_set():
                     return "stopped"
                 if failed or name in (step for step, _ in self.missing(cell)):
-                    write_whole(file, json.dumps({"error": _end(log)}, indent=1))
+                    error = _end(log) or f"launch.{name} ended with status {failed} and printed nothing"
+                    write_whole(file, json.dumps({"error": error}, indent=1))
                     return f"failed, see {log}"
             found, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
             curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]

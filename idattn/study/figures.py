@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
@@ -30,8 +32,10 @@ def draw(folder: Path, configs: Mapping[Cell, Config], done: Records) -> dict[st
 
 
 def _colours(done: Records) -> dict[str, str]:
-    """A colour for each condition."""
-    return {name: f"C{n}" for n, name in enumerate(dict.fromkeys(cell.condition for cell in done))}
+    """A colour for each condition, of up to 20."""
+    conditions = dict.fromkeys(cell.condition for cell in done)
+    palette = colormaps["tab10" if len(conditions) <= 10 else "tab20"].colors
+    return {name: to_hex(palette[n % len(palette)]) for n, name in enumerate(conditions)}
 
 
 def _compute(configs: Mapping[Cell, Config], done: Records) -> Figure:

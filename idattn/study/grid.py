@@ -75,7 +75,7 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
 
     Raises:
       ValueError: none is there, or one is no record, of no cell of this study, of another config than the study has, or
-        of other versions than the first.
+        of other versions or settings of its evaluations than the first.
     """
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -97,19 +97,29 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
                 "have the cell trained anew, or use another workdir."
             )
     done = [cell for cell in configs if "error" not in records.get(cell, {"error": ""})]
-    for cell in done[1:]:
-        first, here = records[done[0]]["versions"], records[cell]["versions"]
-        if first != here:
-            mixed = "; ".join(
-                f"{name} {first.get(name)} in {done[0]}, {here.get(name)} in {cell}"
-                for name in first | here
-                if first.get(name) != here.get(name)
-            )
-            raise ValueError(
-                f"{folder} mixes versions ({mixed}); move the records and runs of one side away to have its cells "
-                "trained anew."
-            )
+    for kind, values in {"versions": lambda record: record["versions"], "evaluations": _evaluation_settings}.items():
+        for cell in done[1:]:
+            first, here = values(records[done[0]]), values(records[cell])
+            if first != here:
+                mixed = "; ".join(
+                    f"{name} {first.get(name)} in {done[0]}, {here.get(name)} in {cell}"
+                    for name in first | here
+                    if first.get(name) != here.get(name)
+                )
+                raise ValueError(
+                    f"{folder} mixes {kind} ({mixed}); move the records and runs of one side away to have its cells "
+                    "trained anew."
+                )
     return {cell: records[cell] for cell in configs if cell in records}
+
+
+def _evaluation_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all evaluations, by task and name."""
+    return {
+        f"{task} {name}": value
+        for task, result in record["evaluations"].items()
+        for name, value in result["settings"].items()
+    }
 
 
 def best_loss(record: Mapping[str, Any]) -> float:

@@ -38,9 +38,10 @@ def make_record(cell):
             "length": {
                 "metrics": {"mean 4096": windows["perplexity"], "mean 8192": 2 * windows["perplexity"]},
                 "corpora": {"a": {"4096": windows, "8192": windows}},
+                "settings": {"max_tokens": 9},
             },
-            "passkey": {"metrics": {"1024": 0.5}},
-            "perplexity": {"metrics": {"loss": 2.8, "perplexity": 16.4}},
+            "passkey": {"metrics": {"1024": 0.5}, "settings": {"limit": 20}},
+            "perplexity": {"metrics": {"loss": 2.8, "perplexity": 16.4}, "settings": {"max_tokens": 9}},
         },
     }
 
@@ -133,11 +134,19 @@ def change(key, value):
     ("changed", "message"),
     [
         (change("versions", {"jax": "0.11.0"}), r"mixes versions \(jax 0\.10\.0 in 125M,softmax,1, 0\.11\.0 in"),
+        (
+            lambda record: record["evaluations"]["passkey"]["settings"].update(limit=7),
+            r"mixes evaluations \(passkey limit 20 in 125M,softmax,1, 7 in 125M,s4d,3\)",
+        ),
+        (
+            lambda record: record["evaluations"].pop("length"),
+            r"mixes evaluations \(length max_tokens 9 in 125M,softmax,1, None in 125M,s4d,3\)",
+        ),
         (change("config", {"seed": 4}), r"s4d,3\.json is of another config than the study's \(seed: 4 there, 3 now\)"),
         (change("config", {"sed": 4}), r"125M,s4d,3\.json is no record \(key of config='sed' is not known"),
         (lambda record: record.pop("config"), r"125M,s4d,3\.json is no record \('config'\)"),
     ],
-    ids=["versions", "config", "unknown setting", "no config"],
+    ids=["versions", "evaluations", "another task", "config", "unknown setting", "no config"],
 )  # fmt: skip
 def test_records_that_do_not_belong(folder, changed, message):
     record = make_record(CELLS[-1])
