@@ -1,23 +1,6 @@
-"""Print a config's parameter counts, state size, FLOPs and bytes as JSON.
+"""`python -m launch.describe`: the program `idattn describe`, in the repository."""
 
-python -m launch.describe --config=configs/paper.py:1.3B,interdomain
-"""
-
-import json
-
-from absl import app, flags
-from ml_collections import config_flags
-
-from idattn.config import from_config_dict
-from idattn.costs import describe
-
-CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
-flags.mark_flag_as_required("config")
-
-
-def main(_):
-    print(json.dumps(describe(from_config_dict(CONFIG.value)), indent=2))
-
+from idattn.cli import run
 
 if __name__ == "__main__":
-    app.run(main)
+    run("describe")

@@ -1,46 +1,6 @@
-"""Train a model, or go on with the run in --workdir.
+"""`python -m launch.train`: the program `idattn train`, in the repository."""
 
-python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=100
-
-On several hosts, the same command on each with --distributed=auto (Cloud TPU, SLURM, GKE and Open MPI say who is who),
-or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of process 0.
-"""
-
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from idattn.train import train
-
-CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
-INIT_FROM = flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from.")
-PROFILE = flags.DEFINE_list("profile", ["0", "0"], "First and last step of a window to profile.")
-DISTRIBUTED = flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
-flags.mark_flag_as_required("config")
-
-
-def connect(processes: str) -> None:
-    """Join the other processes of a run; `processes` is the value of --distributed.
-
-    Raises:
-      ValueError: it is neither "auto" nor HOST:PORT,PROCESSES,ID.
-    """
-    if processes == "auto":
-        jax.distributed.initialize()
-    elif processes:
-        address, *numbers = processes.split(",")
-        if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[1]) >= int(numbers[0]):
-            raise ValueError(f"--distributed={processes} must be auto or HOST:PORT,PROCESSES,ID with ID < PROCESSES.")
-        jax.distributed.initialize(address, *map(int, numbers))
-
-
-def main(_):
-    connect(DISTRIBUTED.value)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    first, last = map(int, PROFILE.value)
-    train(CONFIG.value, WORKDIR.value, init_from=INIT_FROM.value, profile=(first, last))
-
+from idattn.cli import run
 
 if __name__ == "__main__":
-    app.run(main)
+    run("train")

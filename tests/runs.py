@@ -31,7 +31,7 @@ CHILD = """
 import hashlib, json, pathlib, sys, time
 from idattn.config import from_config_dict
 from idattn.train import checkpoint, loop, train
-from launch.train import connect
+from idattn.cli.train import connect
 
 config, workdir, distributed, settings = sys.argv[1:]
 settings = json.loads(settings)

@@ -14,11 +14,12 @@ from absl import flags
 from helpers import defined_flags
 from ml_collections import ConfigDict
 
+from idattn.cli import PROGRAMS, load
 from idattn.config import from_config_dict, quickstart
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:python -m launch\.(\w+)|launch/\w+\.sh)((?:\\\n|[^`\n])*)")
+COMMAND = re.compile(r"(?:(?:python -m launch\.|\bidattn (?=[\w-]+ --))([\w-]+)|launch/\w+\.sh)((?:\\\n|[^`\n])*)")
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -51,7 +52,10 @@ def test_command(command, monkeypatch):
     """absl takes every flag and value: names, choices, numbers, and settings of the config file that is named."""
 
     def define():
-        runpy.run_path(f"launch/{command[0]}.py").get("define_flags", lambda: None)()
+        if command[0].replace("_", "-") in PROGRAMS:
+            load(command[0])
+        else:
+            runpy.run_path(f"launch/{command[0]}.py").get("define_flags", lambda: None)()
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", list(command))  # where config files look for settings

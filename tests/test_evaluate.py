@@ -3,18 +3,17 @@
 import json
 
 import pytest
-from absl import app
 from helpers import defined_flags, run_main
 from models import export_model
 
 from configs import study_mqar
 from configs.paper import get_config
+from idattn.cli import evaluate
 from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
 from idattn.evals import recall
 from idattn.evals.paper import beside
 from idattn.train import train
-from launch import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_errors(checkpoint, tmp_path):
     arguments = [f"--checkpoint={checkpoint}", f"--out={tmp_path}"]
     with pytest.raises(ValueError, match="task='passkeys' is not known. Did you mean 'passkey'"):
         run_main(evaluate, *arguments, "--tasks=perplexity,passkeys")
-    with pytest.raises(app.UsageError, match="--lengths=1k,9 must be whole numbers above 0"):
+    with pytest.raises(ValueError, match="--lengths=1k,9 must be whole numbers above 0"):
         run_main(evaluate, *arguments, "--lengths=1k,9")
     assert not [*tmp_path.iterdir()]
     (tmp_path / "results.json").write_text('{"checkpoint": "other", "step": 9, "tasks": {}}')

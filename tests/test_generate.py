@@ -10,7 +10,7 @@ from absl import flags
 from helpers import defined_flags, run_main
 from models import export_model
 
-from launch import generate
+from idattn.cli import generate
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_errors(run, tmp_path):
         run(f"--jsonl={tmp_path / 'in'}")
     with pytest.raises(ValueError, match=r"temperature=-1\.0"):
         run("--temperature=-1")
-    with pytest.raises(Exception, match="give one of"):
+    with pytest.raises(ValueError, match="give one of"):
         run("--prompt=a", "--prompt_file=b")
     with pytest.raises(flags.IllegalFlagValueError):
         run("--num_tokens=0")

@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from helpers import assert_close, defined_flags, random_case, random_linear_case, run_main
 
+from idattn.cli import plot_kernel
 from idattn.config import ComputeConfig, ModelConfig, quickstart
 from idattn.evals.blur import blur_kernel, impulse_response, read_layers, resolution, timescales
 from idattn.inference import save_weights
 from idattn.nn import LanguageModel
 from idattn.ops import Basis
-from launch import plot_kernel
 
 T, G, M = 7, 2, 5
 MIXERS = ("interdomain", "softmax", "s4d")
@@ -130,7 +130,7 @@ def test_plot_kernel(run, tmp_path, capsys):
     with defined_flags(plot_kernel):
         run_main(plot_kernel, f"--checkpoint={tmp_path / 'export'}", *arguments)
         assert picture.read_bytes().startswith(b"\x89PNG")
-        with pytest.raises(plot_kernel.app.UsageError, match="--json needs a --checkpoint"):
+        with pytest.raises(ValueError, match="--json needs a --checkpoint"):
             run_main(plot_kernel, *arguments)
         run_main(plot_kernel, f"--out={tmp_path / 'start.png'}", f"--length={T}")
         assert (tmp_path / "start.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,154 @@
+"""Continue text with a trained model.
+
+idattn generate --checkpoint=runs/quickstart --prompt="It was a truth"
+cat book.txt | idattn generate --checkpoint=runs/quickstart --prompt_file=- --save_context=book.safetensors
+idattn generate --checkpoint=runs/quickstart --load_context=book.safetensors --prompt=" And then"
+idattn generate --checkpoint=runs/quickstart --jsonl=prompts.jsonl --out=answers.jsonl
+
+The text appears as it is written; of several samples, the first. A context file holds all that the model keeps of a
+prompt, which is then not read again. In JSONL mode every row {"prompt": ...} comes back with its "completions", as soon
+as its batch is done; a row may have settings of its own, as {"prompt": ..., "temperature": 0.5, "seed": 7}.
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from flax import nnx
+from tqdm import tqdm
+
+from idattn.config import Config, MeshConfig
+from idattn.data import load_tokenizer
+from idattn.inference import Decoder, generate_text, load_context, right_pad, save_context
+from idattn.nn import LanguageModel
+from idattn.sharding import make_mesh
+from idattn.train.checkpoint import load_params
+
+FLAGS = flags.FLAGS
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
+    )
+    flags.DEFINE_string("prompt", "", "Text to continue; empty starts a document.")
+    flags.DEFINE_string("prompt_file", None, "File of the text to continue, - for standard input.")
+    flags.DEFINE_string("jsonl", None, "File of prompts, one JSON object a row.")
+    flags.DEFINE_string(
+        "out", None, "File for the rows of --jsonl, to which they are appended; without, they are printed."
+    )
+    flags.DEFINE_integer("num_tokens", 400, "Tokens to add at most.", lower_bound=1)
+    flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "Prompts of --jsonl that are read together.", lower_bound=1)
+    flags.DEFINE_multi_string("stop", [], "Text to stop before; may be given several times.")
+    flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 takes the most likely token.")
+    flags.DEFINE_integer("top_k", 0, "Sample among this many most likely tokens; 0: among all.")
+    flags.DEFINE_float("top_p", 1.0, "Sample among the most likely tokens that together have this probability.")
+    flags.DEFINE_float("min_p", 0.0, "Sample what is at least this many times as likely as the most likely token.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Makes tokens that have occurred less likely where above 1.")
+    flags.DEFINE_integer("seed", 0, "Of the first sample; the others have the next ones.")
+    flags.DEFINE_string("load_context", None, "File of a context that the prompts follow.")
+    flags.DEFINE_string("save_context", None, "File to keep the context of the prompt in.")
+    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "What states are kept in.")
+    flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are read at a time.", lower_bound=1)
+    flags.DEFINE_integer("tensor", 1, "Devices to split the model over, by heads.", lower_bound=1)
+
+
+def load_decoder() -> tuple[Decoder, str, int]:
+    """The decoder, the name of the tokenizer, and the step of the checkpoint."""
+    config, params, step = load_params(FLAGS.checkpoint)
+    return make_decoder(config, params), config.data.tokenizer, step
+
+
+def make_decoder(config: Config, params: Any) -> Decoder:
+    """The decoder of a checkpoint's config and parameters, as --chunk_size and --state_dtype say."""
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0)))
+    return Decoder(
+        nnx.merge(nnx.graphdef(model), params),
+        chunk_size=FLAGS.chunk_size,
+        state_dtype=FLAGS.state_dtype,
+        trained_length=config.data.seq_len,
+    )
+
+
+def continue_prompt(decoder, tokenizer, context, settings) -> None:
+    """Print the continuations of one prompt as they come."""
+    prompt = FLAGS.prompt
+    if FLAGS.prompt_file:
+        prompt = sys.stdin.read() if FLAGS.prompt_file == "-" else Path(FLAGS.prompt_file).read_text()
+    shown = prompt
+    if FLAGS.save_context:
+        tokens = tokenizer.encode(prompt)
+        tokens = np.concatenate([[tokenizer.bos_id], tokens]) if context is None else tokens
+        context = decoder.prefill(*right_pad([tokens.astype(np.int32)]), context)
+        save_context(FLAGS.save_context, context, decoder)
+        prompt = ""
+    print(f"\n{shown}", end="", flush=True)
+    times = []
+
+    def on_text(row: int, text: str) -> None:
+        times.append(time.perf_counter())
+        if row == 0:
+            print(text, end="", flush=True)
+
+    times.append(time.perf_counter())
+    completions = generate_text(
+        decoder, tokenizer, [prompt] * FLAGS.num_samples, FLAGS.num_tokens, context=context, stop=FLAGS.stop,
+        on_text=on_text, **settings,
+    )  # fmt: skip
+    print("".join(f"\n\n{shown}{completion.text}" for completion in completions[1:]))
+    count, later = (sum(max(len(c.tokens) - n, 0) for c in completions) for n in (0, decoder.block_size))
+    if later:  # the first block waits for the programs to be compiled
+        start = next(t for t in times[1:])
+        print(f"{count} tokens, {later / (times[-1] - start):.1f} a second after the first block", file=sys.stderr)
+    else:
+        print(f"{count} tokens in {time.perf_counter() - times[0]:.1f} s, programs compiled", file=sys.stderr)
+
+
+def continue_rows(decoder, tokenizer, context, settings) -> None:
+    """Continue all prompts of a JSONL file, batch by batch."""
+    rows = [json.loads(line) for line in Path(FLAGS.jsonl).read_text().splitlines() if line.strip()]
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{FLAGS.jsonl}, row {i + 1}: {row!r} must be an object with a text under 'prompt'.")
+        for name in row.keys() & {*SETTINGS}:
+            decoder.sampling(1, **{name: row[name]})  # says what is wrong before anything is written
+    start, count = time.perf_counter(), 0
+    with open(FLAGS.out, "a") if FLAGS.out else nullcontext(sys.stdout) as file:
+        for first in tqdm(range(0, len(rows), FLAGS.batch_size), unit="batch", disable=None):
+            batch = [row for row in rows[first : first + FLAGS.batch_size] for _ in range(FLAGS.num_samples)]
+            own = {name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS}
+            own["seed"] = (own["seed"] + np.arange(len(batch)) % FLAGS.num_samples) % 2**31
+            prompts = [row["prompt"] for row in batch]
+            done = generate_text(decoder, tokenizer, prompts, FLAGS.num_tokens, context=context, stop=FLAGS.stop, **own)
+            for i in range(0, len(batch), FLAGS.num_samples):
+                completions = [{"text": c.text, "finish": c.finish} for c in done[i : i + FLAGS.num_samples]]
+                print(json.dumps(batch[i] | {"completions": completions}, ensure_ascii=False), file=file, flush=True)
+            count += sum(len(c.tokens) for c in done)
+    seconds = time.perf_counter() - start
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    if sum(bool(x) for x in (FLAGS.prompt, FLAGS.prompt_file, FLAGS.jsonl)) > 1:
+        raise ValueError("give one of --prompt, --prompt_file and --jsonl.")
+    mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor)) if FLAGS.tensor > 1 else None
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        decoder, name, step = load_decoder()
+        tokenizer = load_tokenizer(name)
+        context = load_context(FLAGS.load_context, decoder) if FLAGS.load_context else None
+        settings = {name: getattr(FLAGS, name) for name in SETTINGS}
+        decoder.sampling(1, **settings)
+        if FLAGS.jsonl:
+            continue_rows(decoder, tokenizer, context, settings)
+        else:
+            print(f"{FLAGS.checkpoint}, step {step}")
+            continue_prompt(decoder, tokenizer, context, settings)

@@ -1,0 +1,93 @@
+"""Draw w(i, j), the weight with which a key i tokens ago passes its score on to the value j tokens ago.
+
+idattn plot-kernel --out=docs/kernel.png
+idattn plot-kernel --checkpoint=runs/quickstart --out=docs/learned_kernel.png --json=runs/quickstart/blur.json
+
+Plain linear attention is w(i, j) = [i = j]. Without a checkpoint, the basis of one head as it starts (S4D-Inv), M = 64,
+for three step sizes, where C is the identity and the readout hermitian. With one, every head of a trained model beside
+what the run started from: w(i, j) (of linear readouts h(i)); the width of the values that a key reaches, and its
+strength, against its distance (`idattn.evals.blur.Resolution`); half-life and frequency of every mode.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from absl import flags, logging
+from flax import nnx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from idattn.evals.blur import LayerBlur, blur_kernel, draw_weights, plot_layers, read_layers, resolution
+from idattn.nn import InterdomainAttention
+from idattn.train.checkpoint import load_params
+
+FLAGS = flags.FLAGS
+DELTAS, M = (0.1, 0.03, 0.01), 64
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.")
+    flags.DEFINE_string("out", None, "PNG file to write.", required=True)
+    flags.DEFINE_string("json", None, "File to write the numbers of --checkpoint to.")
+    flags.DEFINE_integer("length", 128, "Tokens of the context.", lower_bound=1)
+
+
+def plot_start(length: int) -> Figure:
+    """The heads of the module's docstring."""
+    figure = Figure(figsize=(10, 3.4), dpi=80, layout="constrained")
+    axes = figure.subplots(1, len(DELTAS), sharey=True)
+    for cell, delta in zip(axes, DELTAS, strict=True):
+        options = dict(c="identity", readout="hermitian", delta_min=delta, delta_max=delta)
+        layer = InterdomainAttention(M, 1, num_modes=M, rngs=nnx.Rngs(0), **options)
+        (weights,) = np.asarray(blur_kernel(layer.core.basis(), length, "hermitian"))
+        image = draw_weights(cell, weights)
+        cell.set(title=f"$\\Delta$ = {delta}", xlabel="j, tokens since the value")
+    axes[0].set_ylabel("i, tokens since the key")
+    figure.colorbar(image, label="w(i, j), largest = 1")
+    return figure
+
+
+def numbers(layer: LayerBlur) -> dict:
+    """What JSON keeps of a layer: lists over its heads."""
+    found = {"half_life": layer.half_life, "frequency": layer.frequency}
+    found |= resolution(layer.weights)._asdict() if layer.weights.ndim == 3 else {"response": layer.weights}
+    lists = {
+        name: [[float(f"{x:.5g}") if math.isfinite(x) else None for x in head] for head in values]
+        for name, values in found.items()
+    }
+    return {"layer": layer.layer, "mixer": layer.mixer} | lists
+
+
+def save(figure: Figure) -> None:
+    """Write a figure to --out, with a palette: a quarter of the bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(256).save(FLAGS.out, optimize=True)
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    if FLAGS.checkpoint is None:
+        if FLAGS.json:
+            raise ValueError("--json needs a --checkpoint.")
+        save(plot_start(FLAGS.length))
+        return
+    config, params, step = load_params(FLAGS.checkpoint)
+    layers, start = (read_layers(config, values, FLAGS.length) for values in (params, None))
+    save(plot_layers(layers, start))
+    print(f"{FLAGS.checkpoint}, step {step}; {FLAGS.length} tokens, medians of heads, at the start -> now\n")
+    print("layer  mixer              half-lives, tokens   width at i = 0    strength at the middle")
+    for old, new in zip(start, layers, strict=True):
+        row = f"{new.layer:>5}  {new.mixer:<18} {new.half_life.min():>8,.1f} to {new.half_life.max():>7,.1f}"
+        if new.weights.ndim == 3:
+            pair = [resolution(found.weights) for found in (old, new)]
+            row += "   {:>6.1f} -> {:>5.1f}".format(*(np.median(found.width[:, 0]) for found in pair))
+            row += "   {:>12.2f} -> {:.2f}".format(*(np.median(found.strength[:, FLAGS.length // 2]) for found in pair))
+        print(row)
+    if FLAGS.json:
+        stages = {"step": step, "start": [*map(numbers, start)], "trained": [*map(numbers, layers)]}
+        Path(FLAGS.json).write_text(json.dumps(stages))

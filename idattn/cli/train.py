@@ -1,0 +1,46 @@
+"""Train a model, or go on with the run in --workdir.
+
+idattn train --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=100
+
+On several hosts, the same command on each with --distributed=auto (Cloud TPU, SLURM, GKE and Open MPI say who is who),
+or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of process 0.
+"""
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from idattn.train import train
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
+    flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from.")
+    flags.DEFINE_list("profile", ["0", "0"], "First and last step of a window to profile.")
+    flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
+    flags.mark_flag_as_required("config")
+
+
+def connect(processes: str) -> None:
+    """Join the other processes of a run; `processes` is the value of --distributed.
+
+    Raises:
+      ValueError: it is neither "auto" nor HOST:PORT,PROCESSES,ID.
+    """
+    if processes == "auto":
+        jax.distributed.initialize()
+    elif processes:
+        address, *numbers = processes.split(",")
+        if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[1]) >= int(numbers[0]):
+            raise ValueError(f"--distributed={processes} must be auto or HOST:PORT,PROCESSES,ID with ID < PROCESSES.")
+        jax.distributed.initialize(address, *map(int, numbers))
+
+
+def main(_):
+    connect(FLAGS.distributed)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    first, last = map(int, FLAGS.profile)
+    train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile=(first, last))
