@@ -15,6 +15,7 @@ from safetensors.flax import load_file, save_file
 
 from idattn.config import ComputeConfig, Config, from_config_dict
 from idattn.inference.decoder import Context, Decoder
+from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.nn import LanguageModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -31,7 +32,7 @@ def save_weights(folder: str | Path, config: Config, params: Any, step: int) -> 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_named(params), folder / WEIGHTS, metadata={"step": str(step)})
+    save_file(named_leaves(params), folder / WEIGHTS, metadata={"step": str(step)})
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2))
 
 
@@ -47,21 +48,22 @@ def load_weights(folder: str | Path) -> tuple[Config, Any, int]:
     arrays = load_file(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, "numpy") as file:
         step = int(file.metadata()["step"])
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, ComputeConfig(), rngs=nnx.Rngs(0)))
-    wanted = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    shapes, given = ({name: x.shape for name, x in tree.items()} for tree in (_named(wanted), arrays))
-    differences = [
-        f"{name}: {given.get(name, 'nothing')} there, {shapes.get(name, 'nothing')} in the config's model"
-        for name in sorted(shapes | given)
-        if shapes.get(name) != given.get(name)
-    ]
-    if differences:
+    wanted = abstract_params(config)
+    names = current_names(arrays, named_leaves(wanted))
+    arrays = {names[name]: array for name, array in arrays.items()}
+    shapes = ({name: str(x.shape) for name, x in leaves.items()} for leaves in (arrays, named_leaves(wanted)))
+    if found := differences(*shapes):
         raise ValueError(
-            f"{folder / WEIGHTS} holds other arrays than the model of {folder / CONFIG}, {len(differences)} of them "
-            f"({'; '.join(differences[:3])}). Put the two files of one export together."
+            f"{folder / WEIGHTS} holds other arrays than the model of {folder / CONFIG}, {len(found)} of them "
+            f"({'; '.join(found[:3])}). Put the two files of one export together."
         )
-    paths, structure = jax.tree.flatten_with_path(wanted)
-    return config, jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in paths]), step
+    return config, jax.tree.map_with_path(lambda path, _: arrays[leaf_name(path)], wanted), step
+
+
+def abstract_params(config: Config) -> Any:
+    """The parameters of a config's model as nested dicts of jax.ShapeDtypeStruct."""
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, ComputeConfig(), rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def save_context(path: str | Path, context: Context, decoder: Decoder) -> None:
@@ -73,7 +75,7 @@ def save_context(path: str | Path, context: Context, decoder: Decoder) -> None:
       decoder: whose model the file will belong to.
     """
     context = decoder.resize(context, int(np.max(np.asarray(context.length))))
-    save_file(_named(context._asdict()), path, metadata={"model": fingerprint(decoder)})
+    save_file(named_leaves(context._asdict()), path, metadata={"model": fingerprint(decoder)})
 
 
 def load_context(path: str | Path, decoder: Decoder) -> Context:
@@ -97,23 +99,17 @@ def load_context(path: str | Path, decoder: Decoder) -> Context:
     rows, room = arrays["length"].shape[0], int(jnp.max(arrays["length"]))
     like = jax.eval_shape(lambda: decoder.start(rows, room))
     paths, structure = jax.tree.flatten_with_path(like._asdict())
-    values = [arrays[_name(path)].astype(x.dtype) for path, x in paths]  # the dtype that this decoder keeps states in
+    values = [
+        arrays[leaf_name(path)].astype(x.dtype) for path, x in paths
+    ]  # the dtype that this decoder keeps states in
     return decoder.fork(Context(**jax.tree.unflatten(structure, values)), range(rows))  # places them as it needs them
 
 
 def fingerprint(decoder: Decoder) -> str:
     """A name of the model and its weights: a digest of the config and of some numbers of every parameter."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(decoder.config), sort_keys=True).encode())
-    for name, x in sorted(_named(decoder.params).items()):
+    for name, x in sorted(named_leaves(decoder.params).items()):
         if not name.endswith(".discrete"):  # which is made of the others, not everywhere with the same rounding
             some = np.asarray(x.reshape(-1)[:64].astype(jnp.bfloat16))  # whatever this decoder computes in
             digest.update(name.encode() + some.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

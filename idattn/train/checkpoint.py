@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from idattn.config import Config, from_config_dict
 from idattn.data.stream import sha256_of
-from idattn.inference.files import WEIGHTS, load_weights
+from idattn.inference.files import WEIGHTS, abstract_params, load_weights
+from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.train.storage import in_bucket, run_folder, write_whole
 
 MANIFEST = "manifest.json"
@@ -117,16 +119,22 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        _check_structure(self._folder / str(step), abstract_state)
+        folder = self._folder / str(step)
+        stored, wanted = _stored_tree(folder), named_leaves(abstract_state)
+        names = current_names(named_leaves(stored), wanted)
+        _check_structure(folder, {names[name]: leaf for name, leaf in named_leaves(stored).items()}, wanted)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state),
+                state=ocp.args.StandardRestore(
+                    jax.tree.map_with_path(lambda path, _: wanted[names[leaf_name(path)]], stored)
+                ),
                 data=ocp.args.JsonRestore(),
             ),
         )
         data_iterator.set_state(restored.data)
-        return step, restored.state
+        values = {names[name]: value for name, value in named_leaves(restored.state).items()}
+        return step, jax.tree.map_with_path(lambda path, _: values[leaf_name(path)], abstract_state)
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, also one that is still being written; None if there is none."""
@@ -215,7 +223,9 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
                 partial_restore=True,
             ),
         )
-    return config, jax.tree.map(jnp.asarray, restored["params"]), int(folder.name)
+    params = {name: jnp.asarray(value) for name, value in named_leaves(restored["params"]).items()}
+    names = current_names(params, named_leaves(abstract_params(config)))
+    return config, unflatten_dict({names[name]: x for name, x in params.items()}, sep="."), int(folder.name)
 
 
 def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
@@ -313,24 +323,13 @@ def _stored_tree(folder: epath.Path) -> Any:
     return ocp.StandardCheckpointHandler().metadata(folder / "state").tree
 
 
-def _check_structure(folder: epath.Path, abstract_state: Any) -> None:
+def _check_structure(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     # Orbax casts to another dtype without a word.
-    stored, wanted = (
-        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(tree).items()}
-        for tree in (_stored_tree(folder), abstract_state)
+    described = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (stored, wanted)
     )
-    differences = [
-        f"{name}: {stored.get(name, 'nothing')} stored, {wanted.get(name, 'nothing')} wanted"
-        for name in sorted(stored | wanted)
-        if stored.get(name) != wanted.get(name)
-    ]
-    if differences:
+    if found := differences(*described):
         raise ValueError(
-            f"{folder} holds a state of another structure in {len(differences)} arrays ({'; '.join(differences[:5])}). "
+            f"{folder} holds a state of another structure in {len(found)} arrays ({'; '.join(found[:5])}). "
             "Resume with the model and optimiser that it was saved with."
         )
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

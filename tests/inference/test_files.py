@@ -67,5 +67,7 @@ def test_weights_come_back_and_must_fit_their_config(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     values["model"]["mlp_dim"] = 40
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"groups\.block_0\.mlp\.down\.weight: \(1, 24, 16\) there, \(1, 40, 16\) in"):
+    with pytest.raises(
+        ValueError, match=r"groups\.block_0\.mlp\.down\.weight: \(1, 24, 16\) stored, \(1, 40, 16\) wanted"
+    ):
         load_weights(tmp_path)

@@ -11,8 +11,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from idattn.config import quickstart
+from idattn.inference import names as names_lib
+from idattn.inference import save_weights
+from idattn.nn import LanguageModel
 from idattn.train import checkpoint as checkpoint_lib
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 
@@ -298,6 +302,55 @@ def test_another_structure_is_the_callers_error(run, change):
         checkpoints.restore_latest(abstract(change(make_state())), make_data())
     assert steps(workdir) == [10, 20]
     assert not (workdir / "broken").exists()
+
+
+def renamed(tree, names):
+    """The tree with other keys in its dictionaries."""
+
+    def rename(node):
+        return {names.get(key, key): renamed(x, names) for key, x in node.items()} if isinstance(node, dict) else node
+
+    return jax.tree.map(rename, tree, is_leaf=lambda node: isinstance(node, dict))
+
+
+def test_names_of_older_versions_are_read(tmp_path):
+    """A state saved as `mixer.first`, `core.second_conv`, ... resumes in a model that says key, value_conv, ..."""
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+
+    def draw(*names):
+        return {name: {"weight": jax.random.normal(next(keys), (3, 2))} for name in names}
+
+    core = draw("first_conv", "second_conv", "query_conv", "first_norm", "second_norm")
+    params = {"block": {"mixer": draw("first", "second", "query") | {"core": core}}, "softmax": draw("key", "query")}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    updates, opt_state = optimizer.update(params, optimizer.init(params), params)
+    old = {"step": jnp.int32(1), "params": optax.apply_updates(params, updates), "opt_state": opt_state}
+    names = {
+        name: name.replace("first", "key").replace("second", "value") for name in (*params["block"]["mixer"], *core)
+    }
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        checkpoints.save(1, old, make_data(), CONFIG)
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        assert_same(checkpoints.restore_latest(abstract(old), make_data())[1], old)  # a model that has the old names
+        new = renamed(old, names)
+        assert "value_norm" in new["opt_state"][1][0].nu["block"]["mixer"]["core"]
+        assert_same(checkpoints.restore_latest(abstract(new), make_data())[1], new)
+        del new["params"]["block"]["mixer"]["key"]
+        with pytest.raises(ValueError, match=r"params\.block\.mixer\.first\.weight: float32\[3, 2\] stored, nothing"):
+            checkpoints.restore_latest(abstract(new), make_data())
+
+
+def test_weights_with_names_of_older_versions_are_read(tmp_path, monkeypatch):
+    model = nnx.state(LanguageModel(CONFIG.model, CONFIG.compute, rngs=nnx.Rngs(0)), nnx.Param)
+    params = nnx.to_pure_dict(model)
+    old = renamed(params, {"mixer_norm": "old_norm", "head": "old_head"})
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        checkpoints.save(1, {"params": old}, make_data(), CONFIG)
+    save_weights(tmp_path / "exported", CONFIG, old, 1)
+    assert_same(load_params(tmp_path)[1], old)
+    monkeypatch.setattr(names_lib, "_RENAMED", {"old_norm": "mixer_norm", "old_head": "head"})
+    for folder in (tmp_path, tmp_path / "exported"):
+        assert_same(load_params(folder)[1], params)
 
 
 def test_same_run(tmp_path):
