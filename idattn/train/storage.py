@@ -9,6 +9,10 @@ from pathlib import Path
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
+from idattn.files import write_atomic as write_whole
+
+__all__ = ["LocalFolder", "in_bucket", "run_folder", "write_whole"]
+
 
 def run_folder(path: epath.PathLike) -> epath.Path:
     """The path of the folder of a run or checkpoint, for use on disks and in buckets alike; `~` is the home folder.
@@ -39,17 +43,6 @@ def run_folder(path: epath.PathLike) -> epath.Path:
 def in_bucket(path: epath.PathLike) -> bool:
     """Whether a path that `run_folder` took is in a bucket."""
     return os.fspath(path).startswith("gs://")
-
-
-def write_whole(file: epath.Path, text: str) -> None:
-    """Write a file that is there whole or not at all, and the folders it is in; buckets are not made."""
-    if in_bucket(file):
-        file.write_text(text)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 class LocalFolder:
