@@ -6,7 +6,7 @@ from idattn.data.preparation import Preparation, prepare
 from idattn.data.recall import choose, mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import TokenStream, read_manifest, verify
-from idattn.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -26,6 +26,7 @@ __all__ = [
     "mqar_rows",
     "prepare",
     "read_manifest",
+    "save_tokenizer",
     "split",
     "train_iterator",
     "train_tokenizer",

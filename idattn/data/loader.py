@@ -15,7 +15,7 @@ from idattn.data.corpus import load_documents, split
 from idattn.data.recall import mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import SPLITS, TokenStream, is_prepared
-from idattn.data.tokenizer import Tokenizer, encode_document, fingerprint, load_tokenizer
+from idattn.data.tokenizer import Tokenizer, encode_document, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 _MQAR, _MQAR_VALIDATION = "mqar:", 1000  # and its rows to validate on
@@ -158,7 +158,7 @@ def load_stream(source: str, tokenizer: Tokenizer) -> np.ndarray | TokenStream:
     if not is_prepared(source):
         return _in_memory(load_documents(source), tokenizer)
     stream = TokenStream(source, "validation")
-    _check_tokenizer(stream.manifest["tokenizer"], tokenizer, tokenizer.path or "bytes", source)
+    _check_tokenizer(stream.manifest["tokenizer"], tokenizer, tokenizer.name, source)
     return stream
 
 
@@ -169,12 +169,17 @@ def _in_memory(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarra
 
 
 def _check_tokenizer(stored: Mapping[str, Any], tokenizer: Tokenizer, name: str, folder: str) -> None:
-    if fingerprint(tokenizer) != stored["sha256"]:
-        own = str(Path(folder) / stored["file"]) if stored["file"] else "bytes"
+    if tokenizer.fingerprint != stored["sha256"]:
+        wanted = str(Path(folder) / stored["file"]) if stored["file"] else "bytes"
         raise ValueError(
             f"{folder} was prepared with another tokenizer, of {stored['vocab_size']} tokens (SHA-256 "
-            f"{stored['sha256']}), than tokenizer={name!r}, of {tokenizer.vocab_size} ({fingerprint(tokenizer)}); set "
-            f"tokenizer={own!r}."
+            f"{stored['sha256']}), than tokenizer={name!r}, of {tokenizer.vocab_size} ({tokenizer.fingerprint}); set "
+            f"tokenizer={wanted!r}."
+        )
+    if tokenizer.bos_id != stored["bos_id"]:
+        raise ValueError(
+            f"{folder} was prepared with documents that start with id {stored['bos_id']}, but tokenizer={name!r} "
+            f"starts them with its special token {tokenizer.bos_id}. Prepare it anew."
         )
 
 

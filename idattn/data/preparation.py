@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from idattn.data.corpus import Corpus, Unit
-from idattn.data.stream import FORMAT, MANIFEST, PLAN, SPLITS, ShardWriter, settle, temporary_name, write_file
-from idattn.data.tokenizer import Tokenizer, encode_document, fingerprint, load_tokenizer, train_tokenizer
+from idattn.data.stream import FORMAT, MANIFEST, PLAN, SPLITS, ShardWriter
+from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
+from idattn.files import write_atomic
 
 _TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
@@ -110,7 +111,7 @@ class _Worker:
     def hash(self, number: int) -> int:
         """Writes 16 bytes of the hash of each document; returns 0."""
         digests = b"".join(digest[:16] for _, _, digest in self._documents(number))
-        write_file(_unit_file(self._out, number, "hashes"), digests)
+        write_atomic(_unit_file(self._out, number, "hashes"), digests)
         return 0
 
     def write(self, number: int) -> int:
@@ -132,7 +133,7 @@ class _Worker:
                     shards[split] = ShardWriter(path, self._plan["dtype"])
                 shards[split].add(encode_document(text, self._tokenizer, name))
         entry = counts | {"shards": {split: shard.close() for split, shard in sorted(shards.items())}}
-        write_file(_unit_file(self._out, number, "json"), _json(entry))
+        write_atomic(_unit_file(self._out, number, "json"), _json(entry))
         return sum(shard["tokens"] for shard in entry["shards"].values())
 
     def _documents(self, number: int) -> Iterator[tuple[str, str, bytes]]:
@@ -155,7 +156,7 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
         begun = json.loads(path.read_text())
         given = settings.tokenizer  # the folder has a copy, so that a machine without the original can go on
         if given != begun["tokenizer"]["name"]:
-            plan["tokenizer"] = begun["tokenizer"] | {"sha256": fingerprint(load_tokenizer(given))}
+            plan["tokenizer"] = begun["tokenizer"] | {"sha256": load_tokenizer(given).fingerprint}
         plan["libraries"] = {name: _version(name) for name in begun["libraries"]}
         if changed := [name for name in plan if plan[name] != begun[name]]:
             differences = "; ".join(f"{name} {begun[name]} there, {plan[name]} now" for name in changed)
@@ -165,35 +166,25 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
     if not units:
         raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")
     (out / "units").mkdir(parents=True, exist_ok=True)
-    tokenizer = _own_tokenizer(settings, out, _beginnings(corpus, units))
-    file = Path(tokenizer.path).name
+    if settings.train_vocab:
+        train_tokenizer(_beginnings(corpus, units), settings.train_vocab, out / "tokenizer.model")
+        tokenizer = load_tokenizer(out / "tokenizer.model")
+    else:
+        tokenizer = load_tokenizer(settings.tokenizer)
+        save_tokenizer(tokenizer, out)  # the folder needs nothing else from here on
+    (file,) = tokenizer.files
     plan["tokenizer"] = {
         "name": settings.tokenizer,
         "file": file,
-        "sha256": fingerprint(tokenizer),
+        "sha256": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
     }
     plan["libraries"] = {name: _version(name) for name in ("array-record", *_LIBRARIES.get(Path(file).suffix, ()))}
     plan["dtype"] = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<").str
     plan["units"] = units
-    write_file(path, _json(plan))
+    write_atomic(path, _json(plan))
     return plan
-
-
-def _own_tokenizer(settings: Preparation, out: Path, texts: Iterator[str]) -> Tokenizer:
-    """The tokenizer, by a copy of its file in the folder, which then needs nothing else."""
-    if settings.train_vocab:
-        path = out / "tokenizer.model"
-        train_tokenizer(texts, settings.train_vocab, temporary_name(path))
-        settle(temporary_name(path), path)
-        return load_tokenizer(str(path))
-    tokenizer = load_tokenizer(settings.tokenizer)
-    if not tokenizer.path:
-        return tokenizer
-    path = out / f"tokenizer{Path(tokenizer.path).suffix}"
-    write_file(path, Path(tokenizer.path).read_bytes())
-    return load_tokenizer(str(path))
 
 
 def _beginnings(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
@@ -274,7 +265,7 @@ def _mark_duplicates(out: Path, count: int) -> None:
     repeated[order[1:]] = (joined[order[1:]] == joined[order[:-1]]).all(1)
     borders = np.cumsum([len(part) for part in hashes])[:-1]
     for number, part in enumerate(np.split(repeated, borders)):
-        write_file(_unit_file(out, number, "dropped"), part.tobytes())
+        write_atomic(_unit_file(out, number, "dropped"), part.tobytes())
 
 
 def _finish(plan: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -294,7 +285,7 @@ def _finish(plan: dict[str, Any], out: Path) -> dict[str, Any]:
             f"source={plan['settings']['source']!r} holds no documents to train on; it must hold at least one."
         )
     _clean(out, but=MANIFEST)  # which another part may be writing, too
-    write_file(out / MANIFEST, _json(manifest))
+    write_atomic(out / MANIFEST, _json(manifest))
     return manifest
 
 

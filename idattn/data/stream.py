@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idattn.data import optional
+from idattn.files import commit, temporary_name
 
 BLOCK = 8192  # tokens: a window touches one or two records, which are checked by their own hash when they are read
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -55,7 +55,7 @@ class ShardWriter:
         except RuntimeError as error:  # a full disk, say
             self._temporary.unlink()
             raise OSError(f"{self._temporary} could not be written: {error}") from error
-        settle(self._temporary, self._path)
+        commit(self._temporary, self._path)
         return {
             "file": self._path.name,
             "tokens": self._tokens,
@@ -213,29 +213,3 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before it is complete."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file that appears under its name when it is complete and on disk."""
-    temporary_name(path).write_bytes(data)
-    settle(temporary_name(path), path)
-
-
-def settle(temporary: Path, path: Path) -> None:
-    """Gives a finished file its name, after its data are on disk."""
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -120,7 +120,9 @@ def test_manifest(prepared, texts):
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in set(texts))
     assert sum(split["tokens"] for split in splits.values()) == manifest["text_bytes"] + 58
     assert manifest["libraries"] == {"array-record": importlib.metadata.version("array-record")}
-    assert manifest["tokenizer"] == {"name": "bytes", "file": "", "sha256": "bytes", "vocab_size": 257, "bos_id": 256}
+    named = {"name": "bytes", "file": "tokenizer.bytes", "sha256": "bytes"}
+    assert manifest["tokenizer"] == named | {"vocab_size": 257, "bos_id": 256}
+    assert load_tokenizer(prepared).fingerprint == "bytes"
     for split in splits.values():
         assert len(split["shards"]) > 3
         for shard in split["shards"]:

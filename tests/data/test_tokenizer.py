@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idattn.data.corpus import load_documents
-from idattn.data.tokenizer import encode_document, fingerprint, load_tokenizer, train_tokenizer
+from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
 
 TEXT = "  Emma\n\nWoodhouse,\tnaïve 😀 <s> "
 
@@ -96,7 +96,9 @@ def test_json_errors(json_path, tmp_path):
         load_tokenizer(str(tmp_path / "bad.json"))
     text = Path(json_path).read_text().replace("<|endoftext|>", "<|end|>")
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match="has no token to start documents; it must have one of <s>,"):
+    with pytest.raises(
+        ValueError, match="has no special token to start documents; its special tokens are <pad>, <|end|>,"
+    ):
         load_tokenizer(str(tmp_path / "other.json"))
 
 
@@ -108,7 +110,7 @@ def test_training(tmp_path):
         train_tokenizer(parts, 1000, tmp_path / f"{name}.model")
     tokenizer, again, joined = (load_tokenizer(str(tmp_path / f"{name}.model")) for name in ("a", "again", "joined"))
     assert (tokenizer.vocab_size, tokenizer.bos_id) == (1000, 1)
-    assert fingerprint(tokenizer) == fingerprint(again) != fingerprint(joined)
+    assert tokenizer.fingerprint == again.fingerprint != joined.fingerprint
     for text in (TEXT, lines, " \r\n\n  x  1234 ", "\ufeff\u00a0\x00\x7f"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(lines)) < 0.45 * len(lines)
@@ -169,3 +171,72 @@ def test_model_without_bos(tmp_path):
     )
     with pytest.raises(ValueError, match="has no BOS piece"):
         load_tokenizer(f"{prefix}.model")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \u2581\u2585\ufdd0\n\t\0")))
+def test_trained_round_trip(trained, text):
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    pytest.importorskip("sentencepiece")
+    path = tmp_path_factory.mktemp("trained") / "t.model"
+    train_tokenizer(["some words, some more words\n" * 50], 290, path)
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("separator", ["|", "\t", "\0", "\u2585"])
+def test_training_learns_from_every_line(tmp_path, separator):
+    """SentencePiece leaves lines with U+2585 out, and says so nowhere."""
+    pytest.importorskip("sentencepiece")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(50)]
+    text = "plain words\n" * 20 + "".join(separator.join(rng.choice(words, 6)) + "\n" for _ in range(300))
+    train_tokenizer([text], 400, tmp_path / "t.model")
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < 6500  # 300 lines of 6 words and 6 separators make 3600 where words are learned, 10,800 where not
+
+
+def test_ordinary_piece_spelt_like_a_special_token(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "<s> 12 <s> 9"
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<|endoftext|>"], show_progress=False)
+    model.train_from_iterator([text] * 50, trainer)
+    model.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    assert model.token_to_id("<s>") is not None
+    assert tokenizer.bos_id == model.token_to_id("<|endoftext|>")
+    assert encode_document(text, tokenizer, "page").tolist().count(tokenizer.bos_id) == 1
+
+
+@pytest.mark.parametrize("kind", ["bytes", "model_path", "json_path"])
+def test_saved_in_a_folder(kind, request, tmp_path):
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else request.getfixturevalue(kind))
+    save_tokenizer(tokenizer, tmp_path / "with space" / "tokenizer")
+    again = load_tokenizer(tmp_path / "with space" / "tokenizer")
+    assert (again.fingerprint, again.files) == (tokenizer.fingerprint, tokenizer.files)
+    assert (again.vocab_size, again.bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+def test_fingerprint_is_of_what_was_loaded(model_path, tmp_path):
+    path = tmp_path / "t.model"
+    shutil.copy(model_path, path)
+    tokenizer = load_tokenizer(path)
+    path.write_bytes(b"")  # replaced after it was loaded
+    assert tokenizer.fingerprint == load_tokenizer(model_path).fingerprint
+    assert tokenizer.files["tokenizer.model"] == Path(model_path).read_bytes()
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder without tokenizer\.model, tokenizer\.json, tokenizer\.b"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.bytes").touch()
+    with pytest.raises(ValueError, match="is damaged: it must be b'Ids 0 to 255"):
+        load_tokenizer(tmp_path)
