@@ -41,7 +41,7 @@ def get_config(argument: str = "0.1M,softmax,42"):
                 init_std=0.125,
                 ssm=SSMConfig(num_modes=32),
             ),
-            data=DataConfig(source="mqar:8,96000", holdout=(), seq_len=64),
+            data=DataConfig(source="mqar:pairs=8,rows=96000", holdout=(), seq_len=64),
             optim=OptimConfig(peak_lr=5e-3, warmup_steps=100, weight_decay=0.0),
             train=TrainConfig(steps=1500, batch_size=64, eval_every=250, checkpoint_every=1500),
             compute=ComputeConfig(dtype="float32", chunk_size=32),

@@ -6,6 +6,7 @@ line changes single values of it, and `from_config_dict` turns the result back i
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,21 +204,35 @@ class MeshConfig:
 class DataConfig:
     """Where text comes from and how it becomes windows of tokens."""
 
-    source: str = (
-        "austen"  # text of `idattn.data.Corpus`, held in memory; or a folder of launch.prepare_data, or A,B,...;
-        # or mqar:PAIRS,ROWS, rows of `idattn.data.mqar_rows` in which only the answers count
-    )
-    weights: tuple[float, ...] = ()  # with several folders: the share of the windows from each
+    # Text of `idattn.data.Corpus`, held in memory; or a prepared folder; or mqar:pairs=P,rows=N, rows of
+    # `idattn.data.mqar_rows` in which only the answers count. A path that begins like a tag is spelt ./mqar:x.
+    source: str = "austen"
+    more_sources: tuple[str, ...] = ()  # further prepared folders, to be mixed with `source`
+    weights: tuple[float, ...] = ()  # of a mixture: the share of the windows from `source` and from each further folder
     holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders
     tokenizer: str = "bytes"  # or what `idattn.data.load_tokenizer` takes; for a folder the file in it
     seq_len: int  # T, tokens in a window
     documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
 
     def __post_init__(self):
+        self._read_older_spellings()
         _check_at_least(self, 1, "seq_len")
         check_choice("documents", self.documents, ("reset", "ignore"))
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights={self.weights} must be greater than 0.")
+        count = 1 + len(self.more_sources)
+        if len(self.weights) != count and (self.weights or count > 1):
+            sources = (self.source, *self.more_sources)
+            raise ValueError(f"weights={self.weights} must be one for each of the {count} sources {sources}.")
+
+    def _read_older_spellings(self) -> None:
+        """Stored configs may have source="A,B" for a mixture, and "mqar:PAIRS,ROWS"."""
+        if not self.more_sources and len(self.weights) > 1 and self.source.count(",") == len(self.weights) - 1:
+            source, *more_sources = self.source.split(",")
+            object.__setattr__(self, "source", source)
+            object.__setattr__(self, "more_sources", tuple(more_sources))
+        if match := re.fullmatch(r"mqar:(\d+),(\d+)", self.source):
+            object.__setattr__(self, "source", f"mqar:pairs={match[1]},rows={match[2]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +299,14 @@ class Config:
             raise ValueError(f"warmup_steps={self.optim.warmup_steps} must not exceed steps={self.train.steps}.")
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make a run what it is; the others may change when it is resumed."""
+        """The settings that make a run what it is; the others may change when it is resumed.
+
+        Paths are none of them: a run's data and tokenizer are compared by content (`idattn.data.digests`).
+        """
         values = dataclasses.asdict(self)
         del values["compute"], values["mesh"]
+        for name in ("source", "more_sources", "tokenizer"):
+            del values["data"][name]
         values["train"] = {name: values["train"][name] for name in ("steps", "batch_size", "accumulation")}
         return values
 

@@ -1,7 +1,16 @@
 """Text to batches: documents, tokenizers, prepared folders, windows and their order."""
 
 from idattn.data.corpus import Corpus, load_documents, split
-from idattn.data.loader import Batch, TokenWindows, count_epochs, eval_batches, load_data, load_stream, train_iterator
+from idattn.data.loader import (
+    Batch,
+    TokenWindows,
+    count_epochs,
+    digests,
+    eval_batches,
+    load_data,
+    load_stream,
+    train_iterator,
+)
 from idattn.data.preparation import Preparation, prepare
 from idattn.data.recall import choose, mqar_rows
 from idattn.data.sources import Document
@@ -18,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "choose",
     "count_epochs",
+    "digests",
     "eval_batches",
     "load_data",
     "load_documents",

@@ -125,7 +125,7 @@ def _parts(source: str, text_field: str) -> Iterator[Lines | Rows | Texts]:
     if source.startswith("hf:"):
         yield Rows.of_dataset(source, text_field)
         return
-    path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else Path(source)
+    path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(
             f"source={source!r} does not exist; give 'austen', the path of a file or folder, or hf:NAME for a dataset "

@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -107,16 +108,12 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[T
       ValueError: a source, its split or the tokenizer is not usable, or a folder was prepared with another tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    sources = config.source.split(",") if config.weights else [config.source]
-    if len(sources) != max(1, len(config.weights)):
-        raise ValueError(
-            f"weights={config.weights} must be one for each of the {len(sources)} sources {config.source!r}."
-        )
+    sources = (config.source, *config.more_sources)
     is_mqar = config.source.startswith(_MQAR)
     if config.holdout and (is_mqar or len(sources) > 1 or is_prepared(sources[0])):
         raise ValueError(
-            f"holdout={config.holdout} names documents of a text, but {config.source!r} has validation data of its "
-            "own; set holdout=()."
+            f"holdout={config.holdout} names documents of a text, but {config.source!r} comes with validation data; "
+            "set holdout=()."
         )
     if is_mqar:
         return tokenizer, *_mqar_windows(config, tokenizer)
@@ -139,10 +136,10 @@ def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[T
 
 def _mqar_windows(config: DataConfig, tokenizer: Tokenizer) -> list[list[TokenWindows]]:
     """Windows of a row each, to train and to validate on, in which only the answers count."""
-    sizes = config.source.removeprefix(_MQAR).split(",")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ValueError(f"source={config.source!r} must be {_MQAR}PAIRS,ROWS, whole numbers above 0.")
-    pairs, rows = map(int, sizes)
+    match = re.fullmatch(r"mqar:pairs=(\d+),rows=(\d+)", config.source)
+    pairs, rows = map(int, match.groups()) if match else (0, 0)
+    if not pairs or not rows:
+        raise ValueError(f"source={config.source!r} must be {_MQAR}pairs=P,rows=N, whole numbers above 0.")
     parts = []
     for count, seed in ((rows, "train"), (_MQAR_VALIDATION, "validation")):
         tokens, is_answer = mqar_rows(tokenizer.vocab_size, tokenizer.bos_id, config.seq_len, pairs, count, seed=seed)
@@ -233,10 +230,7 @@ class _TrainIterator(grain.DatasetIterator[Batch]):
 
     def __init__(self, batches: grain.DatasetIterator[Batch], windows: Sequence[TokenWindows]):
         super().__init__(batches)
-        digest = hashlib.sha256()
-        for part in windows:
-            digest.update(part.stream.digest if isinstance(part.stream, TokenStream) else part.stream)
-        self._batches, self._digest = batches, digest.hexdigest()
+        self._batches, self._digest = batches, _digest(windows)
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -251,6 +245,18 @@ class _TrainIterator(grain.DatasetIterator[Batch]):
                 "with what it has not seen. Restore them, or start a new run, from the weights if you like."
             )
         self._batches.set_state({"next_index": state["next_index"]})
+
+
+def digests(tokenizer: Tokenizer, train: Sequence[TokenWindows], validation: Sequence[TokenWindows]) -> dict[str, str]:
+    """Names of what `load_data` returned that depend on its content alone: "tokenizer", "train" and "validation"."""
+    return {"tokenizer": tokenizer.fingerprint, "train": _digest(train), "validation": _digest(validation)}
+
+
+def _digest(windows: Sequence[TokenWindows]) -> str:
+    digest = hashlib.sha256()
+    for part in windows:
+        digest.update(part.stream.digest if isinstance(part.stream, TokenStream) else part.stream)
+    return digest.hexdigest()
 
 
 def count_epochs(

@@ -85,6 +85,7 @@ class TokenStream:
           FileNotFoundError: the folder is not prepared, or a shard is missing.
           ValueError: the manifest is broken, a shard has another size than it says, or the split is empty.
         """
+        folder = Path(folder).expanduser()
         self.manifest = read_manifest(folder)
         shards = self.manifest["splits"][split]["shards"]
         self._paths = [Path(folder) / shard["file"] for shard in shards]
@@ -135,7 +136,7 @@ class Report(NamedTuple):
 
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder is one of `prepare`, complete or not."""
-    return any((Path(folder) / name).exists() for name in (PLAN, MANIFEST))
+    return any((Path(folder).expanduser() / name).exists() for name in (PLAN, MANIFEST))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:

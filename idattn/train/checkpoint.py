@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from idattn.config import Config, from_config_dict
 from idattn.data.stream import sha256_of
+from idattn.files import read_json
 from idattn.inference.files import WEIGHTS, abstract_params, load_weights
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.train.storage import in_bucket, run_folder, write_whole
@@ -164,28 +165,43 @@ class Checkpoints:
         (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
 
 
-def check_same_run(workdir: epath.PathLike, config: Config) -> None:
-    """Write the config of a new run to `workdir/config.json`, or compare it with the one that is there.
+def check_same_run(workdir: epath.PathLike, config: Config, data: Mapping[str, str] | None = None) -> None:
+    """Write a new run's `config.json` and `data.json` to `workdir`, or compare with those that are there.
 
     Args:
       workdir: folder of the run.
       config: config of this start.
+      data: digests of its data by name, as of `idattn.data.digests`.
 
     Raises:
       OSError: the folder cannot be written.
-      ValueError: a setting of `Config.identity` differs from the stored one.
+      ValueError: a setting of `Config.identity` or a digest differs from the stored one.
     """
-    file = _absolute(workdir) / "config.json"
+    file, data_file = (_absolute(workdir) / name for name in ("config.json", "data.json"))
     if not file.exists():
         if jax.process_index() == 0:
             try:
+                if data:
+                    write_whole(data_file, json.dumps(dict(data), indent=2))
                 write_whole(file, json.dumps(dataclasses.asdict(config), indent=2))
             except OSError as error:
                 raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
-    if differences := config.differences(from_config_dict(json.loads(file.read_text()))):
+    remedy = "Start the run in another workdir, or delete the file if this is the run's config."
+    stored = from_config_dict(read_json(file, remedy))
+    differing = config.differences(stored)
+    if data and data_file.exists():  # older versions wrote none
+        digests = read_json(data_file, remedy)
+        paths = {"tokenizer": "tokenizer", "train": "source", "validation": "source"}
+        differing += [
+            f"the content of data.{paths[name]} ({name}): {getattr(stored.data, paths[name])!r} there, "
+            f"{getattr(config.data, paths[name])!r} now"
+            for name in paths
+            if digests.get(name) != data[name]
+        ]
+    if differing:
         raise ValueError(
-            f"{file} is of another run ({'; '.join(differences)}). Use another workdir, or --init_from to start a new "
+            f"{file} is of another run ({'; '.join(differing)}). Use another workdir, or --init_from to start a new "
             "run from the weights only."
         )
 

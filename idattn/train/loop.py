@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, training_flops_per_token
-from idattn.data import count_epochs, eval_batches, load_data, train_iterator
+from idattn.data import count_epochs, digests, eval_batches, load_data, train_iterator
 from idattn.evals.ngram import ngram_nats
 from idattn.evals.perplexity import mean_loss
 from idattn.inference import Decoder, generate_text
@@ -81,7 +81,8 @@ class _Run:
         self.rows = local_rows(self.trainer.mesh, config.train.batch_size)
         weights = config.data.weights
         self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed, self.rows, weights)
-        check_same_run(workdir, config)  # last: a start that fails leaves no config behind
+        data = digests(self.tokenizer, self.train_windows, self.val_windows)
+        check_same_run(workdir, config, data)  # last: a start that fails leaves no config behind
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
         self.val_loss = float("nan")

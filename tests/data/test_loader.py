@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idattn.config import DataConfig
-from idattn.data.loader import TokenWindows, eval_batches, load_data, train_iterator
+from idattn.data.loader import TokenWindows, digests, eval_batches, load_data, train_iterator
+from idattn.data.preparation import Preparation, prepare
 from idattn.data.recall import mqar_rows
 
 BOS = 9
@@ -190,9 +191,61 @@ def test_load_data(tmp_path):
     assert ignoring[1]["targets"].tolist() == [256, *b"hi", 0]
 
 
+@pytest.mark.parametrize("name", ["a,b", "lang=en", "with space", "a:b,c=d"])
+def test_paths_are_paths(tmp_path, name):
+    """No character of a path means anything else, in a source as in a mixture of prepared folders."""
+    texts = {letter: letter * 40 for letter in "abcdefgh"}
+    folders = [tmp_path / name / "one", tmp_path / name / "two"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for title, text in texts.items():
+            (folder / f"{title}.txt").write_text(text)
+        prepare(Preparation(source=str(folder), tokenizer="bytes", validation=0.5), folder / "out")
+    _, [train], _ = load_data(DataConfig(source=str(folders[0]), holdout=("b",), seq_len=4))
+    assert train.stream[:82].tolist() == [256, *texts["a"].encode(), 256, *texts["c"].encode()]
+    source, other = (str(folder / "out") for folder in folders)
+    config = DataConfig(source=source, more_sources=(other,), weights=(0.5, 0.5), holdout=(), seq_len=4)
+    assert len(load_data(config)[1]) == 2
+
+
+def test_older_spellings():
+    """What the configs of older checkpoints say is the same data today."""
+    data = {"seq_len": 4, "holdout": ()}
+    old = DataConfig(**data, source="a,b,c", weights=(0.5, 0.25, 0.25))
+    assert old == DataConfig(**data, source="a", more_sources=("b", "c"), weights=(0.5, 0.25, 0.25))
+    assert DataConfig(**data, source="mqar:8,96000") == DataConfig(**data, source="mqar:pairs=8,rows=96000")
+    assert DataConfig(**data, source="a,b").source == "a,b"
+    for changes in ({"weights": (1.0, 2.0)}, {"more_sources": ("b",)}, {"more_sources": ("b",), "weights": (1.0,)}):
+        with pytest.raises(ValueError, match=r"weights=\(.*\) must be one for each of the [12] sources \('a',"):
+            DataConfig(**data, source="a", **changes)
+
+
+def test_digests_are_of_the_content(tmp_path, monkeypatch):
+    """Whatever the spelling of a path: its text and tokenizer name the data, and a change of either renames them."""
+    for folder in ("one", "moved"):
+        (tmp_path / folder).mkdir()
+        for name, text in {"a": "abcd", "b": "efg"}.items():
+            (tmp_path / folder / f"{name}.txt").write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def named(source, holdout=("b",)):
+        return digests(*load_data(DataConfig(source=source, holdout=holdout, seq_len=4)))
+
+    first = named("one")
+    for source in ("one/", "./one", str(tmp_path / "one"), "moved", "link", "~/one"):
+        assert named(source) == first
+    assert sorted(first) == ["tokenizer", "train", "validation"]
+    (tmp_path / "moved" / "b.txt").write_text("efh")
+    changed = named("moved")
+    assert {name for name in first if changed[name] != first[name]} == {"validation"}
+    assert named("one", ("a",)) == {"tokenizer": "bytes", "train": first["validation"], "validation": first["train"]}
+
+
 def test_mqar():
     """A window is a row, and its answers alone count, in all of them: of training other rows than of validation."""
-    _, [train], [validation] = load_data(DataConfig(source="mqar:3,20", holdout=(), seq_len=19))
+    _, [train], [validation] = load_data(DataConfig(source="mqar:pairs=3,rows=20", holdout=(), seq_len=19))
     assert len(train) == 20 and len(validation) == 1000
     for windows, seed in ((train, "train"), (validation, "validation")):
         tokens, is_answer = mqar_rows(257, 256, 19, 3, len(windows), seed=seed)
@@ -208,15 +261,19 @@ def test_mqar():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holdout": ("a",)}, r"holdout=\('a',\) names documents of a text, but 'mqar:3,20' has .* set holdout=\(\)"),
-        ({"source": "mqar:3"}, "source='mqar:3' must be mqar:PAIRS,ROWS, whole numbers above 0"),
-        ({"source": "mqar:0,9"}, "source='mqar:0,9' must be"),
+        (
+            {"holdout": ("a",)},
+            r"holdout=\('a',\) names documents of a text, but 'mqar:pairs=3,.* set holdout=\(\)",
+        ),
+        ({"source": "mqar:3"}, "source='mqar:3' must be mqar:pairs=P,rows=N, whole numbers above 0"),
+        ({"source": "mqar:pairs=0,rows=9"}, "source='mqar:pairs=0,rows=9' must be"),
+        ({"source": "mqar:rows=9,pairs=1"}, "source='mqar:rows=9,pairs=1' must be"),
         ({"seq_len": 12}, "length=12 at least 13: BOS, pairs and questions"),
     ],
 )
 def test_mqar_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        load_data(DataConfig(**{"source": "mqar:3,20", "holdout": (), "seq_len": 19} | changes))
+        load_data(DataConfig(**{"source": "mqar:pairs=3,rows=20", "holdout": (), "seq_len": 19} | changes))
 
 
 @pytest.mark.parametrize(

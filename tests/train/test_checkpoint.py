@@ -367,6 +367,23 @@ def test_same_run(tmp_path):
     assert "model_dim" not in str(error.value)
 
 
+def test_same_run_by_the_content_of_its_data(tmp_path):
+    """Paths may change from start to start, content may not; a run of an older version has no digests."""
+    digests = {"tokenizer": "t", "train": "a", "validation": "b"}
+    moved = dataclasses.replace(CONFIG.data, source="~/elsewhere/", tokenizer="/other/t.model")
+    moved = dataclasses.replace(CONFIG, data=moved)
+    check_same_run(tmp_path, CONFIG, digests)
+    check_same_run(tmp_path, moved, digests)
+    for name, path in (("tokenizer", "tokenizer"), ("train", "source"), ("validation", "source")):
+        with pytest.raises(ValueError, match=rf"of another run \(the content of data\.{path} \({name}\): '.*' there"):
+            check_same_run(tmp_path, moved, digests | {name: "c"})
+    (tmp_path / "data.json").write_text("")
+    with pytest.raises(ValueError, match=r"data\.json is damaged \(empty"):
+        check_same_run(tmp_path, CONFIG, digests)
+    (tmp_path / "data.json").unlink()
+    check_same_run(tmp_path, CONFIG, digests)
+
+
 def string_keys(tree):
     return {str(k): string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
