@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ _SUFFIXES = (*LINES, ".parquet", ".txt")
 _MIN_UNITS, _MIN_UNIT_BYTES = 16, 1 << 20  # a small source is cut finer, so that several processes share it
 
 
+logger = logging.getLogger(__name__)
+
+
 class Unit(NamedTuple):
     """Consecutive documents: those that begin in [start, stop) of the source's part number `part`."""
 
@@ -24,7 +28,12 @@ class Unit(NamedTuple):
 
 
 class Corpus:
-    """The documents of a source in their order."""
+    """The documents of a source in their order.
+
+    Attributes:
+      left_out: files of a known kind in the source's folder that are not read, since they are hidden, and links to
+        folders.
+    """
 
     def __init__(self, source: str, text_field: str = "text"):
         """Looks at the source, but reads no document.
@@ -34,7 +43,8 @@ class Corpus:
             Hugging Face hub, read as a stream, or a local one by its folder; or a path: `.jsonl` (`.gz`, `.xz`, `.zst`)
             with one object {"id", "text"} a line (without "id" the document is called after the file and the line,
             `file:3`); `.parquet`; `.txt`, one document; or a folder of such files, read by kind (in the order just
-            given) and name. All are UTF-8: what is not is an error.
+            given) and name, without hidden ones (their name or that of a folder in it begins with a dot) and without
+            folders that are links. All are UTF-8: what is not is an error.
           text_field: name of the text in objects and rows.
 
         Raises:
@@ -43,7 +53,20 @@ class Corpus:
           ConnectionError: the hub is out of reach.
           ValueError: the source is of no known kind, or has no such field.
         """
-        self._parts = list(_parts(source, text_field))
+        self._source = source
+        path = None if source.startswith("hf:") else _path_of(source)
+        files, self.left_out = _files(path) if path and path.is_dir() else ([path], [])
+        self._parts = list(_parts(path, files, text_field)) if path else [Rows.of_dataset(source, text_field)]
+
+    def log_left_out(self) -> None:
+        """Logs how many files of the source's folder are not read, if any."""
+        if self.left_out:
+            logger.warning(
+                "source=%r: %d hidden files and links to folders are not read, such as %s.",
+                self._source,
+                len(self.left_out),
+                self.left_out[0],
+            )
 
     def signature(self) -> str:
         """Hex digest of the names and sizes of the source's files."""
@@ -82,7 +105,9 @@ def load_documents(source: str) -> list[Document]:
       FileNotFoundError: the path does not exist.
       ValueError: the source holds no document, or a document is malformed (the file and line are named).
     """
-    documents = [document for document in Corpus(source) if document.text]
+    corpus = Corpus(source)
+    corpus.log_left_out()
+    documents = [document for document in corpus if document.text]
     if not documents:
         raise ValueError(f"source={source!r} holds no documents; it must hold at least one.")
     repeated = [name for name, count in Counter(document.id for document in documents).items() if count > 1]
@@ -121,10 +146,7 @@ def split(documents: Sequence[Document], holdout: tuple[str, ...]) -> tuple[list
     return train, validation
 
 
-def _parts(source: str, text_field: str) -> Iterator[Lines | Rows | Texts]:
-    if source.startswith("hf:"):
-        yield Rows.of_dataset(source, text_field)
-        return
+def _path_of(source: str) -> Path:
     path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(
@@ -133,7 +155,20 @@ def _parts(source: str, text_field: str) -> Iterator[Lines | Rows | Texts]:
         )
     if path.is_file() and not path.name.endswith(_SUFFIXES):
         raise ValueError(f"source={source!r} must be a folder or end in one of {', '.join(_SUFFIXES)}.")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return path
+
+
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of known kinds in a folder, sorted, and what `Corpus.left_out` names."""
+    files, left_out = [], []
+    for path in sorted(folder.rglob("*")):  # which enters no links; a folder may be named like a file
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_symlink() if path.is_dir() else path.name.endswith(_SUFFIXES):
+            (left_out if is_hidden or path.is_dir() else files).append(path)
+    return files, left_out
+
+
+def _parts(path: Path, files: Sequence[Path], text_field: str) -> Iterator[Lines | Rows | Texts]:
     yield from (Lines(file, text_field) for file in files if file.name.endswith(LINES))
     if parquet := [file for file in files if file.suffix == ".parquet"]:
         yield Rows.of_parquet(parquet, text_field)

@@ -162,6 +162,7 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
             differences = "; ".join(f"{name} {begun[name]} there, {plan[name]} now" for name in changed)
             raise ValueError(f"{out} was begun otherwise: {differences}. Give what was given then, or another folder.")
         return begun
+    corpus.log_left_out()
     units = corpus.units(settings.unit_bytes)
     if not units:
         raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")

@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import lzma
+import reprlib
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from idattn.data import optional
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 _COMPRESSED_CUTS = 16  # ranges of a file: each unpacks all that is before it
+_OTHER_COLUMN = "Name a column of strings with --text_field, or write this one as strings."
 _LOCAL_SHARDS = 1024  # of a dataset from `save_to_disk`, which has no row groups
 
 
@@ -75,15 +77,18 @@ class Lines:
 
     def _parse(self, line: bytes, place: str) -> Document:
         where = f"{self._path}, {place}"
+        content = _decode(line, where)
         try:
-            row = json.loads(_decode(line, where))
+            row = json.loads(content)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+            raise ValueError(f"{where}: JSON that cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where}: must be an object with a field "{self._text_field}", not {type(row).__name__}.')
         name, text = row.get("id", f"{self._path.name}:{place.removeprefix('line ')}"), row.get(self._text_field)
         if not isinstance(name, str):
-            raise ValueError(f'{where}: "id" must be a string, not {name!r}.')
+            raise ValueError(f'{where}: "id" must be a string, not {reprlib.repr(name)}.')
         return Document(name, _checked_text(text, where))
 
 
@@ -116,23 +121,28 @@ class Rows:
     A shard is a row group of a Parquet file, or a file of another kind. Rows may have no text; the documents are empty.
     """
 
-    def __init__(self, dataset: Any, name: str, text_field: str, paths: Sequence[Path] = ()):
+    def __init__(
+        self, dataset: Any, name: str, text_field: str, paths: Sequence[Path] = (), shards: Sequence[str] = ()
+    ):
         self.paths, self._dataset, self._name, self._text_field = paths, dataset, name, text_field
+        self._shards = shards  # their names, for messages
         if dataset.column_names is not None and text_field not in dataset.column_names:
             raise ValueError(f"{name} has no column {text_field!r}; text_field must be one of {dataset.column_names}.")
 
     @classmethod
     def of_parquet(cls, paths: Sequence[Path], text_field: str) -> "Rows":
         """The rows of Parquet files, in their order."""
-        datasets = optional.load("datasets", f"{paths[0]}")
-        try:
-            dataset = datasets.load_dataset("parquet", data_files=list(map(str, paths)), split="train", streaming=True)
-            dataset = dataset.reshard()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{paths[0]} or one of {len(paths) - 1} more is no complete .parquet file: {error}"
-            ) from error
-        return cls(dataset, str(paths[0].parent), text_field, paths)
+        datasets, parquet = (optional.load(name, f"{paths[0]}") for name in ("datasets", "pyarrow.parquet"))
+        shards = []
+        for path in paths:  # the library below takes the first file's columns for those of all, and numbers for text
+            try:
+                file = parquet.ParquetFile(path)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} is no complete .parquet file: {error}") from error
+            _check_column(path, file.schema_arrow, text_field)
+            shards += [f"{path}, row group {group}" for group in range(file.num_row_groups)]
+        dataset = datasets.load_dataset("parquet", data_files=list(map(str, paths)), split="train", streaming=True)
+        return cls(dataset.reshard(), str(paths[0].parent), text_field, paths, shards)
 
     @classmethod
     def of_dataset(cls, source: str, text_field: str) -> "Rows":
@@ -165,9 +175,32 @@ class Rows:
     def read(self, start: int, stop: int | None = None) -> Iterator[Document]:
         shards = self._dataset.num_shards
         for shard in range(start, shards if stop is None else stop):
-            for number, row in enumerate(self._dataset.shard(num_shards=shards, index=shard)):
-                name = str(row.get("id", f"{shard}:{number}"))
-                yield Document(name, _unicode(row[self._text_field] or "", f"{self._name}, document {name!r}"))
+            place = self._shards[shard] if len(self._shards) == shards else f"{self._name}, shard {shard}"
+            for number, row in enumerate(self._rows(shard, shards, place)):
+                name, text = row.get("id"), row[self._text_field]
+                text = "" if text is None else text
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{place}, row {number}: the text must be a string or nothing, not {type(text).__name__} "
+                        f"{reprlib.repr(text)}. {_OTHER_COLUMN}"
+                    )
+                name = f"{shard}:{number}" if name is None else str(name)
+                yield Document(name, _unicode(text, f"{place}, row {number}"))
+
+    def _rows(self, shard: int, shards: int, place: str) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._dataset.shard(num_shards=shards, index=shard)
+        except ValueError as error:  # damaged pages, bytes that are no UTF-8
+            raise ValueError(f"{place} cannot be read: {error}") from error
+
+
+def _check_column(path: Path, schema: Any, text_field: str) -> None:
+    if text_field not in schema.names:
+        raise ValueError(f"{path} has no column {text_field!r}; text_field must be one of {schema.names}.")
+    kind = schema.field(text_field).type
+    content = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+    if str(content) not in ("string", "large_string", "string_view", "null"):
+        raise ValueError(f"{path}: all rows have a {text_field!r} of type {kind}, not string. {_OTHER_COLUMN}")
 
 
 def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
@@ -175,11 +208,18 @@ def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
     if path.suffix == ".gz":
         return gzip.open, (gzip.BadGzipFile, zlib.error, EOFError)
     if path.suffix == ".xz":
-        return lzma.open, (lzma.LZMAError, EOFError)
+        return _open_xz, (lzma.LZMAError, EOFError)
     if path.suffix == ".zst":
         zstd = optional.load("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", str(path))
         return zstd.open, (zstd.ZstdError, EOFError)
     return open, ()
+
+
+def _open_xz(path: Path, mode: str) -> BinaryIO:
+    """Like `lzma.open`, but an error where something else than a stream follows a stream, which that ignores."""
+    file = lzma.open(path, mode)  # noqa: SIM115  the caller closes it
+    file._buffer.raw._trailing_error = ()
+    return file
 
 
 def _even(length: int, count: int) -> list[int]:
@@ -188,7 +228,7 @@ def _even(length: int, count: int) -> list[int]:
 
 def _checked_text(text: object, place: str) -> str:
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{place}: the text must be a string that is not empty, not {text!r}.")
+        raise ValueError(f"{place}: the text must be a string that is not empty, not {reprlib.repr(text)}.")
     return _unicode(text, place)
 
 

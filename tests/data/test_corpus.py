@@ -71,6 +71,14 @@ def test_text_file_and_folder(tmp_path):
         (b'{"text": "x"}\n{"text": "y"', "rows.jsonl, line 2: not valid JSON"),
         (b'{"text": "x"}\n{"text": "\xff"}', "rows.jsonl, line 2: not valid UTF-8"),
         (b'{"text": "\\ud800"}', "line 1: the text is not valid Unicode"),
+        (
+            b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+            "line 1: JSON that cannot be read: Exceeds the limit",
+        ),
+        (b"\n[" + b"[" * 100_000, "rows.jsonl, line 2: JSON that cannot be read: maximum recursion"),
+        (b'{"text": NaN}', "line 1: the text must be a string that is not empty, not nan"),
+        (b'{"text": ' + b"[9]" * 1 + b"}", r"line 1: the text must be a string that is not empty, not \[9\]"),
+        ('\ufeff{"text": "x"}'.encode(), "rows.jsonl, line 1: not valid JSON: Unexpected UTF-8 BOM"),
         (jsonl({"id": "x", "text": "1"}, {"id": "x", "text": "2"}), "1 ids more than once, such as 'x'"),
     ],
 )
@@ -91,6 +99,94 @@ def test_damaged_archive(tmp_path, suffix, opener, damage):
     for read in (load_documents, lambda source: Corpus(source).units(100)):
         with pytest.raises(ValueError, match=rf"rows{suffix} is not a complete {path.suffix} file"):
             read(str(path))
+
+
+def test_text_comes_back_exactly(tmp_path):
+    """Line ends of Windows, blank lines and unusual characters change no text."""
+    texts = ["a\r\nb", "a\0b", "  \t ", "\U0001f469\u200d\U0001f4bb", "\ufeffa", "a\ufffeb", "a\u2028b\x85c"]
+    rows = [json.dumps({"id": str(n), "text": text}, ensure_ascii=False) for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_bytes("\r\n".join([*rows, "", ""]).encode())
+    assert [document.text for document in load_documents(str(tmp_path / "rows.jsonl"))] == texts
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+def test_compressed_in_parts(tmp_path, suffix):
+    """Parts that were joined are all read; a file that is cut short, or goes on with something else, is named."""
+    path, parts = tmp_path / f"rows{suffix}", []
+    for texts in (("1", "2"), ("3",)):
+        with OPENERS[suffix](path, "wb") as file:
+            file.write(jsonl(*({"text": text} for text in texts)) + b"\n")
+        parts.append(path.read_bytes())
+    first, second = parts
+    path.write_bytes(first + second)
+    assert [document.text for document in load_documents(str(path))] == ["1", "2", "3"]
+    cuts = [(first + second)[:length] for length in range(1, len(first + second)) if length != len(first)]
+    for damaged in (*cuts, first + b"other", first + b"other" + second, first + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"rows{suffix} is not a complete {path.suffix} file"):
+            load_documents(str(path))
+
+
+def test_hidden_files_are_no_data(tmp_path, caplog):
+    """Copies of notebooks, resource forks and folders of tools are left out, and so are links, which is said."""
+    folder = tmp_path / ".cache" / "data"  # a hidden folder is data where it was asked for
+    for name in ("a.txt", "deep/b.txt", ".ipynb_checkpoints/b-checkpoint.txt", "deep/.git/c.txt", ".hidden.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07Mac OS X\xff\xfe")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    expected = [Document("a", "a.txt"), Document("deep/b", "deep/b.txt")]
+    assert load_documents(str(folder)) == expected
+    assert "4 hidden files and links to folders are not read, such as" in caplog.text
+    (folder / "link").symlink_to(folder / "deep")
+    assert [path.name for path in Corpus(str(folder)).left_out][-1] == "link"
+    assert load_documents(str(folder / "._a.txt").replace("._a", "a")) == expected[:1]
+    caplog.clear()
+    load_documents(str(folder / "deep" / "b.txt"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
+def test_folders_named_like_files(tmp_path, suffix):
+    """Spark writes a folder t.parquet of parts with a file _SUCCESS."""
+    part = tmp_path / f"t{suffix}" / f"part-0{suffix}"
+    part.parent.mkdir()
+    (part.parent / "_SUCCESS").touch()
+    if suffix == ".parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"text": ["hello"]}), part)
+    else:
+        part.write_text({".jsonl": '{"text": "hello"}', ".txt": "hello"}[suffix])
+    for source in (tmp_path, part.parent):
+        assert [document.text for document in load_documents(str(source))] == ["hello"]
+        assert len(Corpus(str(source)).units(100)) == 1
+
+
+def test_parquet_text_of_other_types(tmp_path):
+    """The library would turn numbers into text, and read one file by the columns of another."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["first"]}), tmp_path / "a.parquet")
+    others = {"int64": [1, 2], "binary": [b"a"], "list<.*>": [["a"]], "struct<.*>": [{"x": "a"}], "double": [1.5]}
+    for kind, values in others.items():
+        pq.write_table(pa.table({"text": values}), tmp_path / "b.parquet")
+        with pytest.raises(ValueError, match=rf"b\.parquet: all rows have a 'text' of type {kind}, not string"):
+            load_documents(str(tmp_path))
+    pq.write_table(pa.table({"other": ["x"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has no column 'text'; text_field must be one of \['other'\]"):
+        load_documents(str(tmp_path))
+    strings = pa.array(["x", None])
+    for values in (strings, strings.dictionary_encode(), strings.cast("large_string"), pa.nulls(2)):
+        pq.write_table(pa.table({"text": values}), tmp_path / "b.parquet")
+        texts = [text or "" for text in values.to_pylist()]
+        assert [document.text for document in Corpus(str(tmp_path))] == ["first", *texts]
+
+
+def test_dataset_rows_of_other_types(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for values, kind in (([["a"]], "list"), ([3], "int"), ([b"x"], "bytes")):
+        datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / kind)
+        with pytest.raises(ValueError, match=rf"{kind}, shard 0, row 0: the text must be a string or nothing"):
+            list(Corpus(f"hf:{tmp_path / kind}"))
 
 
 def test_malformed_text(tmp_path):
@@ -167,7 +263,7 @@ def test_units_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="the text must be a string that is not empty, not None"):
         list(other)
     (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"d\.parquet or one of 0 more is no complete \.parquet file"):
+    with pytest.raises(ValueError, match=r"d\.parquet is no complete \.parquet file"):
         Corpus(str(tmp_path)).units(100)
 
 
