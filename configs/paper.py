@@ -1,9 +1,9 @@
 """The paper's language models and training recipe (arXiv 2605.24330, section 4, A.2, B.1), at four scales.
 
-python -m launch.prepare_data --source=hf:HuggingFaceFW/fineweb-edu,sample-100BT --out=data/fineweb-edu \
+idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-100BT --out=data/fineweb-edu \
     --tokenizer=meta-llama/Llama-2-7b-hf
-python -m launch.train --config=configs/paper.py:125M,interdomain --workdir=DIR
-python -m launch.describe --config=configs/paper.py:1.3B,interdomain
+idattn train --config=paper:125M,interdomain --workdir=DIR
+idattn describe --config=paper:1.3B,interdomain
 
 Scales 125M, 350M, 760M, 1.3B; mixers of `idattn.config.MIXERS`. The paper trains on FineWeb-Edu with the Llama 2
 tokenizer (32,000 pieces), which the first command prepares for all runs (sample-10BT is enough for 125M and 350M); for

@@ -1,6 +1,6 @@
 """A byte-level interdomain model on the embedded Austen novels: the main job of `make quickstart`.
 
-python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+idattn train --config=quickstart --workdir=runs/quickstart
 """
 
 from idattn.config import quickstart, to_config_dict

@@ -1,6 +1,6 @@
 """What the paper leaves open, each choice for itself, in half the steps of configs/study_cpu.py.
 
-python -m launch.study --config=configs/study_choices.py --workdir=results/study_choices --jobs=2
+idattn study --config=study_choices --workdir=results/study_choices --jobs=2
 
 The scale of C at the start for interdomain and s4d alike (the same tuning budget), the readout, the form of C, RoPE
 before or after the feature map, the range of Delta and the start of the norms' biases. MIXER alone is the default.
@@ -8,9 +8,11 @@ before or after the feature map, the range of Delta and the start of the norms' 
 
 import dataclasses
 
-from configs import study_cpu
 from idattn.config import from_config_dict, to_config_dict
+from idattn.config_files import load_module
 from idattn.study import Study, grid
+
+study_cpu = load_module("study_cpu")
 
 CHOICES = {
     "interdomain": {},

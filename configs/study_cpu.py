@@ -1,12 +1,12 @@
 """The seven cells of the paper's ablation (table 4) on the embedded novels, for two CPU cores and a few hours.
 
-python -m launch.study --config=configs/study_cpu.py --workdir=results/study_cpu --jobs=2
+idattn study --config=study_cpu --workdir=results/study_cpu --jobs=2
 
 0.8M parameters, 1.6M tokens a cell (twice the training text; BPE of 4,096 pieces, Emma held out), three seeds, the same
 budget and learning rate for all. The records in results/study_cpu are of this command; with them there it only writes
 the report again, with another --workdir it trains everything anew. One cell by itself:
 
-python -m launch.train --config=configs/study_cpu.py:0.8M,softmax,1 --workdir=DIR
+idattn train --config=study_cpu:0.8M,softmax,1 --workdir=DIR
 """
 
 from idattn.config import (

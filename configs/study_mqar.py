@@ -1,8 +1,8 @@
 """Multi-query associative recall of 8 pairs in 64 tokens, at a size where softmax attention solves it in minutes.
 
-python -m launch.study --config=configs/study_mqar.py --workdir=results/study_mqar --jobs=2
+idattn study --config=study_mqar --workdir=results/study_mqar --jobs=2
 
-One cell: --config=configs/study_mqar.py:0.1M,softmax,42 with `launch.train`. What softmax attention needs to find the
+One cell: --config=study_mqar:0.1M,softmax,42 with `idattn train`. What softmax attention needs to find the
 two heads that recall: a loss on the answers alone, one wide head a layer, and weights that start at 1 / sqrt(width).
 With a loss on all tokens, several narrow heads or a start at 0.02 it stays near chance.
 """

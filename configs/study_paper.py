@@ -1,15 +1,17 @@
 """The paper's study: the seven cells at 125M, and softmax, interdomain and s4d at 350M, 760M and 1.3B.
 
-python -m launch.study --config=configs/study_paper.py --workdir=DIR --dry_run
+idattn study --config=study_paper --workdir=DIR --dry_run
 
 prints the commands of all cells, for launch/tpu.sh or launch/slurm.sh (add --config.mesh and --config.compute.remat as
-`launch.aot` finds them); on one machine that is large enough leave --dry_run out. Recipe and results to expect:
-configs/paper.py. The corpora of the length panel (tables 2 and 8) are yours to prepare: --corpora of `launch.evaluate`.
+`idattn plan` finds them); on one machine that is large enough leave --dry_run out. Recipe and results to expect:
+configs/paper.py. The corpora of the length panel (tables 2 and 8) are yours to prepare: --corpora of `idattn evaluate`.
 """
 
-from configs import paper
 from idattn.config import CELLS
+from idattn.config_files import load_module
 from idattn.study import Study, grid
+
+paper = load_module("paper")
 
 SEEDS = [42]
 

@@ -1,6 +1,6 @@
 """The seven cells of the paper's ablation (table 4) for one accelerator and a few hours.
 
-python -m launch.study --config=configs/study_small.py --workdir=results/study_small
+idattn study --config=study_small --workdir=results/study_small
 
 20M parameters, 105M tokens a cell, BPE of 8,192 pieces, context 2,048, three seeds, the same budget and learning rate
 for all. The text is WikiText-103, from the Hugging Face hub; for other text change `prepare`. Not run yet: no

@@ -20,6 +20,7 @@ ALLOWED = {
     "sharding": {"config"},
     "loss": {"ops", "sharding"},
     "config": {"choices"},
+    "config_files": {"choices"},
     "ops": {"choices", "shapes"},
     "nn": {"ops", "sharding", "config", "choices", "shapes"},
     "data": {"config", "choices", "files"},
@@ -28,8 +29,8 @@ ALLOWED = {
     "costs": {"nn", "config"},
     "study": {"evals", "costs", "files", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices"},
-    "cli": {"train", "study", "evals", "inference", "data", "nn", "costs", "sharding", "files", "config", "choices"},
 }
+ALLOWED["cli"] = set(ALLOWED)
 TRAINING_ONLY = {
     "orbax", "safetensors", "grain", "tensorboardX",
     "matplotlib", "optax", "tqdm", "idattn.cli", "absl.app", "absl.flags",

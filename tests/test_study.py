@@ -129,6 +129,4 @@ def test_no_study(settings, tmp_path):
     command = [sys.executable, "-m", "launch.study", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.returncode == 2
-    assert (
-        "configs/quickstart.py has no STUDY; name a file that defines one, such as configs/study_cpu.py." in done.stderr
-    )
+    assert "configs/quickstart.py has no STUDY; name a config that defines one, such as study_cpu." in done.stderr

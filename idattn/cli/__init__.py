@@ -27,7 +27,10 @@ PROGRAMS = {
     "plot-kernel": "idattn.cli.plot_kernel",
     "plot-ideal": "idattn.cli.plot_ideal",
 }
-TRACEBACK = "IDATTN_TRACEBACK"  # environment variable: show where a user's mistake was noticed
+TRACEBACK = "IDATTN_TRACEBACK"
+# Errors that tell of a mistake of the user: always, and where this package raises them.
+_ALWAYS = (flags.Error, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_OURS = (ValueError, NotImplementedError, ImportError)
 _PACKAGE = str(Path(idattn.__file__).parent)
 
 
@@ -38,6 +41,7 @@ def main() -> None:
         print(f"{idattn.__doc__}\n\nidattn NAME --flags, and idattn NAME --help for the flags of one:\n")
         for program in PROGRAMS:
             print(f"  {program:<14}{summary(program)}")
+        print(f"\n{TRACEBACK}=1 in the environment shows the traceback of an error that ends a program with one line.")
     elif name == "--version":
         print(idattn.__version__)
     else:
@@ -47,9 +51,9 @@ def main() -> None:
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a program, and exit with its status.
 
-    A mistake of the user (a ValueError, NotImplementedError or FileNotFoundError of this package, or a flag that does
-    not parse) ends it with one line and status 2; the environment variable IDATTN_TRACEBACK=1 shows where it was
-    noticed.
+    A mistake of the user ends it with one line and status 2: a flag that does not parse, a path that is not as it must
+    be, or what this package raises as a ValueError, NotImplementedError or ImportError. Errors of libraries keep their
+    traceback; with the environment variable IDATTN_TRACEBACK=1 all do.
 
     Args:
       name: of the program, with dashes or underscores.
@@ -65,8 +69,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         if {"--help", "-h"} & {*arguments}:
             print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
             sys.exit()
-        app.run(module.main, argv=sys.argv, flags_parser=_parse)
-    except (ValueError, NotImplementedError, FileNotFoundError, flags.Error) as error:
+        app.run(module.main, argv=sys.argv, flags_parser=flags.FLAGS)
+    except (*_ALWAYS, *_OURS) as error:
         if os.environ.get(TRACEBACK) or not _is_of_user(error):
             raise
         print(f"idattn {name}: {error}", file=sys.stderr)
@@ -92,16 +96,7 @@ def summary(name: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text())).partition("\n")[0]
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(arguments)
-    except AttributeError as error:  # ml_collections' for --config.NAME, with the nearest name
-        raise flags.Error(error) from error
-
-
 def _is_of_user(error: Exception) -> bool:
-    """Whether an error tells of a mistake: one that this package raised, not a library that it called wrongly."""
-    if isinstance(error, flags.Error | FileNotFoundError):
-        return True
+    """Whether an error tells of a mistake of the user, not of a library that was called wrongly."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_code.co_filename.startswith(_PACKAGE)
+    return isinstance(error, _ALWAYS) or frame.f_code.co_filename.startswith(_PACKAGE)

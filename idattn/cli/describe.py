@@ -1,13 +1,13 @@
 """Print a config's parameter counts, state size, FLOPs and bytes as JSON.
 
-idattn describe --config=configs/paper.py:1.3B,interdomain
+idattn describe --config=paper:1.3B,interdomain
 """
 
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
+from idattn.cli.config_flag import define_config
 from idattn.config import from_config_dict
 from idattn.costs import describe
 
@@ -15,8 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
-    flags.mark_flag_as_required("config")
+    define_config()
 
 
 def main(_):

@@ -1,6 +1,6 @@
 """Train and evaluate every cell of a study and report on them; the same command goes on where it was stopped.
 
-idattn study --config=configs/study_cpu.py --workdir=results/study_cpu --jobs=2
+idattn study --config=study_cpu --workdir=results/study_cpu --jobs=2
 
 A study is a file with STUDY (`idattn.study.Study`) and a get_config that takes SCALE,CONDITION,SEED. In WORKDIR,
 runs/CELL is the run of a cell, runs/CELL.log what it printed, cells/CELL.json its record, and report.md, report.json
@@ -13,7 +13,6 @@ is missing, for launch/tpu.sh or launch/slurm.sh; cells that are trained and eva
 
 import fcntl
 import json
-import runpy
 import shlex
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from absl import flags
 from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
+from idattn.config_files import load_module
 from idattn.study import Cell, Study, read_records, record_file, versions, write_report
 from idattn.train.metrics import read_metrics
 from idattn.train.storage import write_whole
@@ -39,7 +39,7 @@ _LOG_LINES = 15  # of a failed cell, in its record
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", None, "File of the study.", required=True)
+    flags.DEFINE_string("config", None, "The study: its file, or the name of one that ships.", required=True)
     flags.DEFINE_string("workdir", None, "Folder of the study, on a disk.", required=True)
     flags.DEFINE_integer("jobs", 1, "Cells at a time on this machine; 1 for an accelerator.", lower_bound=1)
     flags.DEFINE_bool("report", False, "Only report what the records say.")
@@ -52,11 +52,11 @@ def load_study(file: str) -> tuple[Study, dict[Cell, Config]]:
     Raises:
       ValueError: the file defines no study.
     """
-    values = runpy.run_path(file)
-    if not isinstance(values.get("STUDY"), Study):
-        raise ValueError(f"{file} has no STUDY; name a file that defines one, such as configs/study_cpu.py.")
-    study = values["STUDY"]
-    return study, {cell: from_config_dict(values["get_config"](str(cell))) for cell in study.cells}
+    module = load_module(file)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise ValueError(f"{file} has no STUDY; name a config that defines one, such as study_cpu.")
+    return study, {cell: from_config_dict(module.get_config(str(cell))) for cell in study.cells}
 
 
 class Runner:

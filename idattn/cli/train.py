@@ -1,6 +1,6 @@
 """Train a model, or go on with the run in --workdir.
 
-idattn train --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=100
+idattn train --config=quickstart --workdir=runs/quickstart --config.train.steps=100
 
 On several hosts, the same command on each with --distributed=auto (Cloud TPU, SLURM, GKE and Open MPI say who is who),
 or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of process 0.
@@ -8,20 +8,19 @@ or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of p
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
 
+from idattn.cli.config_flag import define_config
 from idattn.train import train
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", help_string="FILE[:ARGUMENTS] of the run.")
+    define_config()
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
     flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from.")
     flags.DEFINE_list("profile", ["0", "0"], "First and last step of a window to profile.")
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
-    flags.mark_flag_as_required("config")
 
 
 def connect(processes: str) -> None:

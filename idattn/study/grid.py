@@ -31,8 +31,8 @@ class Study:
     """A grid of training runs, and what is done with each."""
 
     cells: tuple[Cell, ...]
-    evaluate: tuple[str, ...]  # flags of launch.evaluate
-    prepare: tuple[str, ...] = ()  # flags of launch.prepare_data, where text is to be prepared
+    evaluate: tuple[str, ...]  # flags of `idattn evaluate`
+    prepare: tuple[str, ...] = ()  # flags of `idattn prepare-data`, where text is to be prepared
     is_text: bool = True  # whether validation losses may stand beside the paper's
 
     def cell(self, text: str) -> Cell:
@@ -67,7 +67,7 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
     """The records of a study's cells that are there, in its order.
 
     A record holds `config`, `versions`, `device`, `date`, `curve` (pairs of step and validation loss in nats per token)
-    and `evaluations` (the tasks of launch.evaluate); that of a cell that failed `error`.
+    and `evaluations` (the tasks of `idattn evaluate`); that of a cell that failed `error`.
 
     Args:
       folder: of the records.

@@ -248,7 +248,7 @@ class _Run:
         for name, loss in [*rows.items(), ("this model", self.val_loss)]:
             print(f"  {name:<12}{loss:.3f}")
         if settings.sample_prompt and jax.process_count() > 1:
-            print("\nno sample, since the weights are spread over processes: see launch.generate")
+            print("\nno sample, since the weights are spread over processes: see `idattn generate`")
         elif settings.sample_prompt:
             result["sample"] = self._sample(state)
             print(f"\nsample\n  {settings.sample_prompt}|{result['sample']}")

@@ -1,0 +1,82 @@
+"""The command `idattn`: its list of programs, and how mistakes of users and of libraries end a program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import idattn
+from idattn.cli import PROGRAMS
+
+ROOT = Path(__file__).parents[2]
+FAKE = '''"""A program that fails."""
+import json
+from absl import flags
+from idattn.choices import check_choice
+from idattn.cli import PROGRAMS, run
+
+def define_flags():
+    flags.DEFINE_enum("by", "rule", ["rule", "library", "path"], "What fails.")
+
+def main(arguments):
+    {"rule": lambda: check_choice("colour", "gren", ["green"]), "library": lambda: json.loads("{"),
+     "path": lambda: open("/no/such")}[flags.FLAGS.by]()
+
+if __name__ == "__main__":
+    PROGRAMS["fake"] = "fake"
+    run("fake")
+'''
+
+
+def idattn_command(*arguments, **environment):
+    command = [sys.executable, "-m", "idattn", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_list_of_programs(arguments):
+    done = idattn_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in PROGRAMS)
+    assert "  generate      Continue text with a trained model.\n" in done.stdout
+
+
+def test_version():
+    assert idattn_command("--version").stdout == f"{idattn.__version__}\n"
+
+
+def test_unknown_program():
+    done = idattn_command("trian", "--config=quickstart")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("idattn trian: program='trian' is not known. Did you mean 'train'? It must be one of")
+
+
+def test_help_of_a_program():
+    """Underscores in a name are dashes."""
+    done = idattn_command("inspect_data", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Show what prepare-data made") and "--sample_tokens: Tokens of each" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "show", "status", "last"),
+    [
+        ("--by=rule", "", 2, "idattn fake: colour='gren' is not known. Did you mean 'green'? It must be one of green."),
+        ("--by=path", "", 2, "idattn fake: [Errno 2] No such file or directory: '/no/such'"),
+        ("--by=ruel", "", 2, "idattn fake: flag --by=ruel: value should be one of <rule|library|path>"),
+        ("--bye=rule", "", 2, "idattn fake: Unknown command line flag 'bye'. Did you mean: by ?"),
+        ("--by=library", "", 1, "json.decoder.JSONDecodeError: Expecting property name enclosed in double quotes"),
+        ("--by=rule", "1", 1, "ValueError: colour='gren' is not known."),
+    ],
+)
+def test_errors(tmp_path, flag, show, status, last):
+    """Mistakes of the user end with one line, other errors and on request all with a traceback."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "IDATTN_TRACEBACK": show}
+    command = [sys.executable, "fake.py", flag]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.returncode == status
+    *traceback, line = done.stderr.splitlines()
+    assert line.startswith(last) and bool(traceback) == (status == 1)
