@@ -1,8 +1,8 @@
 """Text to batches: documents, tokenizers, prepared folders, windows and their order."""
 
+from idattn.data.batch import ARRAYS, Batch
 from idattn.data.corpus import Corpus, load_documents, split
 from idattn.data.loader import (
-    Batch,
     TokenWindows,
     count_epochs,
     digests,
@@ -18,6 +18,7 @@ from idattn.data.stream import TokenStream, read_manifest, verify
 from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 __all__ = [
+    "ARRAYS",
     "Batch",
     "Corpus",
     "Document",

@@ -16,7 +16,7 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
 
     Args:
       settings: of the preparation.
-      out: folder that all machines see; the engine's logs go beside it, to `out`-logs.
+      out: folder that all machines see; the engine's logs go to `out`-logs next to it.
       engine: "slurm" or "ray".
       tasks: number of parts, at least 1.
       **options: of datatrove's executor, such as `partition` and `time` for SLURM.
@@ -29,8 +29,8 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
     executor = getattr(optional.load("datatrove.executor", f"engine={engine!r}", extra="cluster"), _EXECUTORS[engine])
     folder, last = Path(out).absolute(), None
     begin(settings, folder)  # here, where the tokenizer can be had
-    for turn in range(1 + settings.deduplicate):
-        logs = folder.with_name(f"{folder.name}-logs") / str(turn)
+    for attempt in range(1 + settings.deduplicate):
+        logs = folder.with_name(f"{folder.name}-logs") / str(attempt)
         step = functools.partial(_run_part, settings, str(folder))
         last = executor([step], tasks=tasks, logging_dir=str(logs), depends=last, **options)
     last.run()

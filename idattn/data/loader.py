@@ -12,15 +12,14 @@ import numpy as np
 
 from idattn.choices import check_choice
 from idattn.config import DataConfig
+from idattn.data.batch import ARRAYS, Batch
 from idattn.data.corpus import load_documents, split
 from idattn.data.recall import mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import SPLITS, TokenStream, is_prepared
 from idattn.data.tokenizer import Tokenizer, encode_document, load_tokenizer
 
-Batch = dict[str, np.ndarray]
 _MQAR, _MQAR_VALIDATION = "mqar:", 1000  # and its rows to validate on
-_PADDING = {"inputs": 0, "targets": 0, "segment_ids": -1, "loss_mask": 0}
 
 
 class TokenWindows:
@@ -71,12 +70,7 @@ class TokenWindows:
         """Window number `index`.
 
         Returns:
-          Arrays (T,) by name.
-
-          * `inputs`: int32, 0 on padding.
-          * `targets`: int32, the token after each input, 0 on padding.
-          * `segment_ids`: int32, the document of each input, counted from 0 in the window; -1 on padding.
-          * `loss_mask`: float32, 1 where the target counts.
+          Arrays (T,), as `idattn.data.batch.ARRAYS` describes them.
 
         Raises:
           IndexError: `index` is not in [0, len).
@@ -85,7 +79,7 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} is outside 0 to {len(self) - 1}.")
         start = number * self._seq_len
-        tokens = self.stream[start : start + self._seq_len + 1].astype(np.int32)
+        tokens = self.stream[start : start + self._seq_len + 1]
         begins = tokens[1:] == self._bos_id if self._reset else np.zeros(len(tokens) - 1, bool)
         counts = ~begins
         if self._is_target is not None:
@@ -93,10 +87,14 @@ class TokenWindows:
         window = {
             "inputs": tokens[:-1],
             "targets": tokens[1:],
-            "segment_ids": np.concatenate([[0], np.cumsum(begins[:-1])]).astype(np.int32),
-            "loss_mask": counts.astype(np.float32),
+            "segment_ids": np.concatenate([[0], np.cumsum(begins[:-1])]),
+            "loss_mask": counts,
         }
-        return window if len(begins) == self._seq_len else _pad(window, self._seq_len)
+        missing = (0, self._seq_len - len(begins))
+        return {
+            name: np.pad(window[name].astype(dtype), missing, constant_values=padding)
+            for name, (dtype, padding) in ARRAYS.items()
+        }
 
 
 def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[TokenWindows]]:
@@ -187,7 +185,7 @@ def train_iterator(
     rows: Sequence[int] | None = None,
     weights: Sequence[float] = (),
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches of shuffled windows; every epoch has an order of its own, and batches may straddle epochs.
+    """Endless batches of shuffled windows; every epoch has another order, and batches may straddle epochs.
 
     Batch number n is a function of `seed`, n, `batch_size`, `weights` and the windows alone, so the iterator's state is
     n, for any number of processes, and a digest of the data: save what `get_state` returns, and give it to `set_state`,
@@ -216,7 +214,7 @@ def train_iterator(
             f"the training text has {total} windows, fewer than batch_size={batch_size}; use a smaller batch, "
             "shorter windows or more text."
         )
-    # Of every source its own keyed permutation an epoch, computed index by index: no memory, and any index at once.
+    # For every source another keyed permutation in each epoch, computed index by index: no memory, any index at once.
     shuffled = [grain.MapDataset.source(part).seed(seed + n).shuffle().repeat() for n, part in enumerate(windows)]
     mixed = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
     batches = grain.MapDataset.source(_Batches(mixed, batch_size, range(batch_size) if rows is None else rows))
@@ -241,7 +239,7 @@ class _TrainIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         if state.get("data", self._digest) != self._digest:
             raise ValueError(
-                "The training text or tokenizer is not what it was when this position was saved: the run cannot go on "
+                "The training text or tokenizer is not what it was when this position was saved: the run cannot resume "
                 "with what it has not seen. Restore them, or start a new run, from the weights if you like."
             )
         self._batches.set_state({"next_index": state["next_index"]})
@@ -270,7 +268,7 @@ def count_epochs(
 
 
 class _Batches:
-    """Some rows of the batches that consecutive windows make: a grain data source."""
+    """The given rows of the batches that consecutive windows make: a grain data source."""
 
     def __init__(self, windows: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._windows, self._batch_size, self._rows = windows, batch_size, rows
@@ -308,7 +306,8 @@ def eval_batches(
     count = min(len(joined), limit * batch_size)
     chosen = [number * len(joined) // count for number in range(count)]
     rows = range(batch_size) if rows is None else rows
-    missing = {name: np.full_like(array, _PADDING[name]) for name, array in joined[0].items()}
+    length = len(joined[0]["inputs"])
+    missing = {name: np.full(length, padding, dtype) for name, (dtype, padding) in ARRAYS.items()}
 
     def batch(first: int) -> Batch:
         return _stack([joined[chosen[first + row]] if first + row < count else missing for row in rows])
@@ -318,10 +317,3 @@ def eval_batches(
 
 def _stack(rows: Sequence[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _pad(arrays: Batch, length: int) -> Batch:
-    """Lengthens the first axis of every array to `length`."""
-    return {
-        name: np.pad(array, (0, length - len(array)), constant_values=_PADDING[name]) for name, array in arrays.items()
-    }

@@ -1,7 +1,7 @@
 """Preparing text once for many runs: documents to shards of tokens, in parallel, with the same bytes however it is run.
 
 The source is cut into units that depend on nothing but the source. A unit makes a shard of each split and then
-`units/NUMBER.json`; whatever is on disk under its final name is complete, so that a run that was stopped goes on with
+`units/NUMBER.json`; whatever is on disk under its final name is complete, so that a run that was stopped resumes with
 the units that are missing. The manifest comes last: a folder without one is not complete.
 """
 
@@ -44,7 +44,7 @@ class Preparation:
     train_vocab: int = 0  # pieces of a SentencePiece BPE to train on the source; 0: none
     text_field: str = "text"  # name of the text in objects and rows
     validation: float = 0.001  # share of the documents to validate on, by the hash of their text
-    deduplicate: bool = False  # of documents with equal text keep the first
+    deduplicate: bool = False  # leave out documents whose text occurred before
     unit_bytes: int = 64 << 20  # of text in a unit, about; less for small sources
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class Preparation:
 def prepare(
     settings: Preparation, out: str | os.PathLike[str], *, workers: int = 1, part: tuple[int, int] = (0, 1)
 ) -> dict[str, Any] | None:
-    """Prepare a source, or go on with a preparation that was stopped.
+    """Prepare a source, or resume a preparation that was stopped.
 
     Several machines share the work by `part`, in one folder that all of them see; which of them runs when, and how
     often, changes no byte. To deduplicate, every part has to run twice, since all texts must have been seen.
@@ -80,7 +80,7 @@ def prepare(
     Raises:
       ValueError: a setting or document breaks a rule, the source holds no document, or `out` was begun with other
         settings, another source or other libraries.
-      OSError: the disk is full, say. What is complete stays; the same call goes on.
+      OSError: the disk is full, say. What is complete stays; the same call resumes.
       RuntimeError: a worker was killed; likewise.
     """
     if workers < 1 or not 0 <= part[0] < part[1]:
@@ -95,7 +95,7 @@ def prepare(
     if settings.deduplicate:
         if not run(_Worker.hash, "hashes"):
             return None
-        _mark_duplicates(out, len(plan["units"]))
+        _find_duplicates(out, len(plan["units"]))
     return _finish(plan, out) if run(_Worker.write, "json") else None
 
 
@@ -154,7 +154,7 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
     path = out / PLAN
     if path.exists():
         begun = json.loads(path.read_text())
-        given = settings.tokenizer  # the folder has a copy, so that a machine without the original can go on
+        given = settings.tokenizer  # the folder has a copy, so that a machine without the original can resume
         if given != begun["tokenizer"]["name"]:
             plan["tokenizer"] = begun["tokenizer"] | {"sha256": load_tokenizer(given).fingerprint}
         plan["libraries"] = {name: _version(name) for name in begun["libraries"]}
@@ -234,7 +234,7 @@ def _results(
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "A worker was killed, by the system for its memory perhaps. What is complete stays: the same command "
-                "goes on, with fewer --workers if need be."
+                "resumes, with fewer --workers if need be."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -255,7 +255,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _mark_duplicates(out: Path, count: int) -> None:
+def _find_duplicates(out: Path, count: int) -> None:
     """Writes for every unit which of its documents occur earlier, in it or in a unit before it."""
     if all(_is_done(out, number, "dropped") for number in range(count)):
         return

@@ -19,9 +19,9 @@ def mqar_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Multi-query associative recall over token ids (Arora et al. 2023, Zoology).
 
-    BOS, then `pairs` keys and their values, then random tokens among which every key comes once more, its value behind
+    BOS, then `pairs` keys and their values, then random tokens among which every key comes once more, its value after
     it; a key is asked for after a gap g with probability in proportion to g^(power - 1). In the original, noise stands
-    behind a key that is asked for, and its value is only the label; here it is the next token, as a language model has.
+    after a key that is asked for, and its value is only the label; here it is the next token, as a language model has.
     The original has no BOS, leaves id 0 out of the keys, and draws its noise from all ids, keys too.
 
     Args:
@@ -41,29 +41,29 @@ def mqar_rows(
     """
     ids = [i for i in range(vocab_size) if i != bos_id]
     keys, others = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    slots = (length - 1) // 2 - pairs  # of two tokens, behind the pairs
+    slots = (length - 1) // 2 - pairs  # of two tokens, after the pairs
     if not 1 <= pairs <= min(slots, len(keys)):
         raise ValueError(
             f"{pairs=} must be 1 to {len(keys)}, the keys of {vocab_size=}, and {length=} at least {4 * pairs + 1}: "
             "BOS, pairs and questions."
         )
-    chance = random.Random(f"mqar {seed}")
+    rng = random.Random(f"mqar {seed}")
     tokens, is_answer = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
     weights = np.arange(1, slots + 1) ** (power - 1.0)
     for row, answers in zip(tokens, is_answer, strict=True):
-        chosen, values = choose(chance, keys, pairs), choose(chance, others, pairs)
+        chosen, values = choose(rng, keys, pairs), choose(rng, others, pairs)
         row[0] = bos_id
-        row[1:] = [others[int(chance.random() * len(others))] for _ in range(length - 1)]
+        row[1:] = [others[int(rng.random() * len(others))] for _ in range(length - 1)]
         row[1 : 2 * pairs + 1 : 2], row[2 : 2 * pairs + 2 : 2] = chosen, values
         # The smallest of exponential waiting times: a choice without replacement by weight.
-        waits = np.array([chance.expovariate(1.0) for _ in range(slots)]) / weights
+        waits = np.array([rng.expovariate(1.0) for _ in range(slots)]) / weights
         places = 2 * pairs + 1 + 2 * np.argsort(waits, kind="stable")[:pairs]
         row[places], row[places + 1] = chosen, values
         answers[places + 1] = True
     return tokens, is_answer
 
 
-def choose(chance: random.Random, items: Sequence[Any], count: int) -> list[Any]:
+def choose(rng: random.Random, items: Sequence[Any], count: int) -> list[Any]:
     """Different items in random order; by `random()` alone, which is the same in every version of Python."""
-    rest = list(items)
-    return [rest.pop(int(chance.random() * len(rest))) for _ in range(count)]
+    items = list(items)
+    return [items.pop(int(rng.random() * len(items))) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Prepared folders: blocks of tokens in ArrayRecord shards beside a manifest, read anywhere and verified.
+"""Prepared folders: blocks of tokens in ArrayRecord shards with a manifest, read anywhere and verified.
 
 A document is its tokens with BOS, which occurs nowhere else, before them: BOS is the border. The stream of a split is
 all its documents, unit after unit. A shard is the documents of one unit and split, in records of BLOCK tokens, the last
@@ -149,8 +149,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder} has no {MANIFEST}: it is no folder of launch.prepare_data, or its preparation has not come to "
-            "its end; the same command goes on."
+            f"{folder} has no {MANIFEST}: it is no prepared folder, or its preparation has not come to its end; "
+            "the same command resumes it."
         )
     try:
         manifest = json.loads(path.read_text())
@@ -166,10 +166,10 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Report]:
     manifest = read_manifest(folder)
     for split in SPLITS:
         for shard in manifest["splits"][split]["shards"]:
-            yield Report(shard["file"], split, *_look(Path(folder) / shard["file"], shard, manifest))
+            yield Report(shard["file"], split, *_check_shard(Path(folder) / shard["file"], shard, manifest))
 
 
-def _look(path: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, np.ndarray]:
+def _check_shard(path: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, np.ndarray]:
     none = np.zeros(0, np.int64)
     try:
         _open.cache_clear()  # of the file as it was

@@ -1,6 +1,6 @@
 """Loss on held-out text."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -8,9 +8,8 @@ import numpy as np
 from flax import nnx
 
 from idattn.config import Config
+from idattn.data.batch import Batch
 from idattn.loss import cross_entropy
-
-Batch = Mapping[str, Any]
 
 
 def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -19,7 +18,7 @@ def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config
     Args:
       graphdef: of a LanguageModel.
       params: its parameters, as nested dicts of arrays.
-      batch: `inputs`, `targets`, `segment_ids` and `loss_mask`, each (B, T).
+      batch: as `idattn.data.batch.ARRAYS` describes it, each array (B, T).
       config: of the run.
     """
     model = nnx.merge(graphdef, params)

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idattn.config import Config
-from idattn.evals.perplexity import Batch, batch_loss
+from idattn.data.batch import ARRAYS, Batch
+from idattn.evals.perplexity import batch_loss
 from idattn.nn import LanguageModel, model_specs
 from idattn.sharding import check_divides, constrain, make_mesh, on_mesh, spec
 from idattn.train.optim import learning_rate, make_optimizer
@@ -75,8 +76,7 @@ class Trainer:
         """The step for a batch as the config describes it, to be compiled without running anything."""
         shape = (self.config.train.batch_size, self.config.data.seq_len)
         sharding = NamedSharding(self.mesh, spec("B", "T"))
-        dtypes = {"inputs": "int32", "targets": "int32", "segment_ids": "int32", "loss_mask": "float32"}
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding) for name, array in ARRAYS.items()}
         with jax.set_mesh(self.mesh):
             return self._compiled_step.lower(self.abstract_state(), batch)
 

@@ -416,7 +416,7 @@ def test_folders_that_do_not_fit(prepared, tmp_path):
     out = copy(prepared, tmp_path / "out")
     for config, message in (
         (folder_config([out], holdout=("x",)), r"holdout=\('x',\) names documents of a text, but .* set holdout=\(\)"),
-        (folder_config([out, ROOT], weights=(1.0, 2.0)), r"has no manifest\.json: it is no folder of launch\.prepare"),
+        (folder_config([out, ROOT], weights=(1.0, 2.0)), r"has no manifest\.json: it is no prepared folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_data(config)
