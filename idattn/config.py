@@ -14,6 +14,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from idattn.checks import check_at_least, check_below, check_positive, check_types
 from idattn.choices import BACKENDS, FEATURES, READOUTS, check_choice
 
 
@@ -48,20 +49,6 @@ REMAT: Mapping[str, str] = {
 }
 
 
-def _check_at_least(section: object, bound: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if not value >= bound:
-            raise ValueError(f"{name}={value} must be at least {bound}.")
-
-
-def _check_positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be greater than 0.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SSMConfig:
     """The state of the interdomain, single-query, dual-linear and S4D mixers (PAPER section 3.3)."""
@@ -80,8 +67,9 @@ class SSMConfig:
     norm_bias_init: float = 0.0  # start of the biases b_k, b_v of eq. 12 [O]
 
     def __post_init__(self):
-        _check_at_least(self, 1, "num_modes", "heads_per_kv", "conv_width")
-        _check_positive(self, "c_init_scale", "delta_min")
+        check_types(self)
+        check_at_least(self, 1, "num_modes", "heads_per_kv", "conv_width")
+        check_positive(self, "c_init_scale", "delta_min")
         if not self.delta_min <= self.delta_max:
             raise ValueError(f"delta_min={self.delta_min} must not exceed delta_max={self.delta_max}.")
         check_choice("readout", self.readout, READOUTS)
@@ -100,10 +88,11 @@ class IdealConfig:
     floor: float = 1e-6  # the denominators up to which the values' mean is the output [O]
 
     def __post_init__(self):
+        check_types(self)
         check_choice("features", self.features, FEATURES)
-        _check_at_least(self, 1, "num_features")
-        _check_at_least(self, 0, "seed")
-        _check_positive(self, "floor")
+        check_at_least(self, 1, "num_features")
+        check_at_least(self, 0, "seed")
+        check_positive(self, "floor")
         if self.features == "fourier" and self.num_features % 2:
             raise ValueError(f"num_features={self.num_features} must be even: a cosine and a sine for each frequency.")
 
@@ -125,8 +114,9 @@ class ModelConfig:
     ideal: IdealConfig = field(default_factory=IdealConfig)
 
     def __post_init__(self):
-        _check_at_least(self, 1, "vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim")
-        _check_positive(self, "rope_base", "norm_eps", "init_std")
+        check_types(self)
+        check_at_least(self, 1, "vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim")
+        check_positive(self, "rope_base", "norm_eps", "init_std")
         if not self.mixers:
             raise ValueError(f"mixers={self.mixers} must name at least one mixer of {', '.join(MIXERS)}.")
         for name in self.mixers:
@@ -179,10 +169,11 @@ class ComputeConfig:
     loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time
 
     def __post_init__(self):
+        check_types(self)
         check_choice("dtype", self.dtype, ("bfloat16", "float32", "float64"))
         check_choice("backend", self.backend, BACKENDS)
         check_choice("remat", self.remat, REMAT)
-        _check_at_least(self, 1, "chunk_size", "loss_chunk")
+        check_at_least(self, 1, "chunk_size", "loss_chunk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +186,7 @@ class MeshConfig:
     tensor: int = 1  # heads, channels of the MLP, vocabulary
 
     def __post_init__(self):
+        check_types(self)
         sizes = dataclasses.asdict(self)
         if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes} must be at least 1 each, or -1 for one of them.")
@@ -215,8 +207,9 @@ class DataConfig:
     documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
 
     def __post_init__(self):
+        check_types(self)
         self._read_older_spellings()
-        _check_at_least(self, 1, "seq_len")
+        check_at_least(self, 1, "seq_len")
         check_choice("documents", self.documents, ("reset", "ignore"))
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights={self.weights} must be greater than 0.")
@@ -250,8 +243,10 @@ class OptimConfig:
     ssm_lr_cap: float = 1e-3  # peak learning rate of the SSM group is min(peak_lr, ssm_lr_cap), no decay [P]
 
     def __post_init__(self):
-        _check_positive(self, "peak_lr", "clip_norm", "eps", "ssm_lr_cap")
-        _check_at_least(self, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2")
+        check_types(self)
+        check_positive(self, "peak_lr", "clip_norm", "eps", "ssm_lr_cap")
+        check_at_least(self, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2")
+        check_below(self, 1, "b1", "b2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,11 +268,13 @@ class TrainConfig:
     sample_tokens: int = 400
 
     def __post_init__(self):
-        _check_at_least(
+        check_types(self)
+        check_at_least(
             self, 1, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
             "checkpoint_every", "keep_latest", "sample_tokens",
         )  # fmt: skip
-        _check_at_least(self, 0, "keep_best", "ngram_orders", "skip_not_finite")
+        check_at_least(self, 0, "keep_best", "ngram_orders", "skip_not_finite")
+        check_below(self, 2**31, "steps")  # which are counted in int32
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}.")
 
@@ -295,6 +292,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        check_types(self)
+        check_at_least(self, 0, "seed")
+        check_below(self, 2**63, "seed")
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(f"warmup_steps={self.optim.warmup_steps} must not exceed steps={self.train.steps}.")
 
@@ -346,25 +346,25 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
     """A checked Config from a ConfigDict or nested dict.
 
     Raises:
-      ValueError: a key is unknown (the nearest valid one is named), missing, or a value breaks its rule.
+      ValueError: a key is unknown (the nearest valid one is named) or missing, a value breaks its rule, or `values`
+        and its sections are not mappings.
     """
     return _build(Config, values, "config")
 
 
-def _build(section: type, values: Mapping[str, Any], path: str) -> Any:
+def _build(section: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping | ConfigDict):
+        raise ValueError(f"{path}={values!r} must be a mapping with the settings of {section.__name__}.")
     fields = {f.name: f for f in dataclasses.fields(section)}
     for key in values:
         check_choice(f"key of {path}", key, fields)
-    arguments = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
-            arguments[name] = _build(kind, value, f"{path}.{name}")
-        elif isinstance(value, str) != (kind is str) or isinstance(value, Mapping):
-            raise ValueError(f"{path}.{name}={value!r} must be of type {kind}.")
-        else:
-            arguments[name] = tuple(value) if isinstance(value, list | tuple) else value
+    arguments = {
+        name: _build(fields[name].type, value, f"{path}.{name}")
+        if dataclasses.is_dataclass(fields[name].type)
+        else value
+        for name, value in values.items()
+    }
     try:
         return section(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # a TypeError for a missing key
         raise ValueError(f"{path}: {error}") from None

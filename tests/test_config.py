@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import paper
@@ -91,13 +92,19 @@ def test_frozen_and_hashable(section):
 
 def at_least(section, bound, *names):
     for name in names:
-        for value in (bound - 1, float("nan")):
-            yield section, {name: value}, f"{name}={value} must be at least {bound}."
+        value = type(getattr(section, name))(bound - 1)
+        yield section, {name: value}, f"{name}={value} must be at least {bound}."
+
+
+def below(section, bound, *names):
+    for name in names:
+        value = type(getattr(section, name))(bound)
+        yield section, {name: value}, f"{name}={value} must be less than {bound}."
 
 
 def positive(section, *names):
     for name in names:
-        for value in (0, -1.0, float("nan")):
+        for value in (0.0, -1.0):
             yield section, {name: value}, f"{name}={value} must be greater than 0."
 
 
@@ -143,6 +150,10 @@ BROKEN = [
     *((DATA, {"weights": weights}, f"weights={weights} must be greater than 0.") for weights in ((1.0, 0.0), (-1.0,))),
     *positive(OPTIM, "peak_lr", "clip_norm", "eps", "ssm_lr_cap"),
     *at_least(OPTIM, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2"),
+    *below(OPTIM, 1, "b1", "b2"),
+    *below(TRAIN, 2**31, "steps"),
+    *at_least(CONFIG, 0, "seed"),
+    *below(CONFIG, 2**63, "seed"),
     *at_least(
         TRAIN, 1, "steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
         "checkpoint_every", "keep_latest", "sample_tokens",
@@ -158,6 +169,59 @@ def test_broken_rule(section, change, message):
     assert dataclasses.replace(section) == section  # valid before the change
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(section, **change)
+
+
+VALUES = {  # kind of a field -> values that it takes, with what is stored, and values that it refuses with their rule
+    bool: ([(np.True_, True)], [1, 0.0, "True"], "must be True or False."),
+    int: (
+        [(np.int64(2), 2), (np.uint8(2), 2)],
+        [2.0, 10.5, True, np.True_, np.float32(2), float("nan"), "2"],
+        "must be a whole number.",
+    ),
+    float: (
+        [(np.float32(0.5), 0.5), (np.float64(0.5), 0.5)],
+        [True, "0.5", float("nan"), float("inf"), np.float32("inf"), 10**400, 0.5j],
+        "must be a finite number.",
+    ),
+    str: ([], [3, b"bytes", ["a"]], "must be a string."),
+    tuple[str, ...]: ([(["s4d"], ("s4d",))], ["s4d", {"s4d"}, 3], "must be a tuple, each element a string."),
+    tuple[float, ...]: (
+        [([1, np.float32(2)], (1.0, 2.0))],
+        [1.0, "ab"],
+        "must be a tuple, each element a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("section", [*frozen_sections(), IdealConfig(), MeshConfig()], ids=lambda x: type(x).__name__)
+def test_every_field_is_of_its_type(section):
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            taken, refused, rule = [], [{}, 3], f"must be a {field.type.__name__}."
+        else:
+            taken, refused, rule = VALUES[field.type]
+        for value in [*refused, None]:
+            with pytest.raises(ValueError, match=re.escape(f"{field.name}={value!r} {rule}")):
+                dataclasses.replace(section, **{field.name: value})
+        for value, stored in taken:
+            try:
+                changed = getattr(dataclasses.replace(section, **{field.name: value}), field.name)
+            except ValueError as error:  # of its range, or of what else the section holds
+                assert rule not in str(error) and "np." not in str(error)
+            else:
+                assert (changed, type(changed)) == (stored, type(stored))
+                assert json.loads(json.dumps(changed)) == (list(stored) if isinstance(stored, tuple) else stored)
+
+
+def test_elements_of_tuples_are_of_their_type():
+    for change, message in (
+        ({"holdout": ["a", 3]}, "holdout[1]=3 must be a string."),
+        ({"weights": (1.0, float("nan"))}, "weights[1]=nan must be a finite number."),
+        ({"weights": (True,)}, "weights[0]=True must be a finite number."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dataclasses.replace(DATA, **change)
+    assert hash(dataclasses.replace(CONFIG, data=dataclasses.replace(DATA, holdout=["a"])))
 
 
 def test_the_bounds_themselves_are_valid():
@@ -186,13 +250,16 @@ def nested(**changes):
         ({"sede": 1}, "key of config='sede' is not known. Did you mean 'seed'?"),
         ({"train__step": 1}, "key of config.train='step' is not known. Did you mean 'steps'?"),
         ({"model__ssm__num_mode": 1}, "key of config.model.ssm='num_mode' is not known. Did you mean 'num_modes'?"),
-        ({"compute__backend": 3}, "config.compute.backend=3 must be of type <class 'str'>."),
-        ({"optim__peak_lr": "fast"}, "config.optim.peak_lr='fast' must be of type <class 'float'>."),
-        ({"model__mixers": "softmax"}, "config.model.mixers='softmax' must be of type tuple[str, ...]."),
-        ({"seed": {"a": 1}}, "config.seed={'a': 1} must be of type <class 'int'>."),
+        ({"compute__backend": 3}, "config.compute: backend=3 must be a string."),
+        ({"optim__peak_lr": "fast"}, "config.optim: peak_lr='fast' must be a finite number."),
+        ({"model__mixers": "softmax"}, "config.model: mixers='softmax' must be a tuple, each element a string."),
+        ({"seed": {"a": 1}}, "config: seed={'a': 1} must be a whole number."),
         ({"model__mixers": ["softmx"]}, "mixer='softmx' is not known. Did you mean 'softmax'?"),
         ({"compute__backend": "recurrant"}, "backend='recurrant' is not known. Did you mean 'recurrent'?"),
-        ({"train__steps": 0}, "steps=0 must be at least 1."),
+        ({"train__steps": 0}, "config.train: steps=0 must be at least 1."),
+        ({"train__steps": 10.5}, "config.train: steps=10.5 must be a whole number."),
+        ({"train": 3}, "config.train=3 must be a mapping with the settings of TrainConfig."),
+        ({"model__ssm": []}, "config.model.ssm=[] must be a mapping with the settings of SSMConfig."),
     ],
 )
 def test_from_config_dict_names_key_and_path(changes, message):

@@ -264,7 +264,7 @@ class _Run:
             self.tokenizer,
             [settings.sample_prompt],
             settings.sample_tokens,
-            seed=self.config.seed,
+            seed=self.config.seed % 2**31,  # of sampling, whose seeds are int32
             temperature=0.8,
         )
         return completion.text
