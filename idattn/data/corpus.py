@@ -58,6 +58,11 @@ class Corpus:
         files, self.left_out = _files(path) if path and path.is_dir() else ([path], [])
         self._parts = list(_parts(path, files, text_field)) if path else [Rows.of_dataset(source, text_field)]
 
+    @property
+    def has_files(self) -> bool:
+        """Whether the source is files, which `signature` tells from others."""
+        return any(part.paths for part in self._parts)
+
     def log_left_out(self) -> None:
         """Logs how many files of the source's folder are not read, if any."""
         if self.left_out:

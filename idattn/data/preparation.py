@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from idattn.data.corpus import Corpus, Unit
-from idattn.data.stream import FORMAT, MANIFEST, PLAN, SPLITS, ShardWriter
+from idattn.data.stream import FORMAT, MANIFEST, PLAN, REMEDY, SPLITS, ShardWriter
 from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
-from idattn.files import write_atomic
+from idattn.files import read_json, write_atomic
 
 _TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
@@ -39,7 +39,7 @@ _LIBRARIES = {".model": ("sentencepiece",), ".json": ("tokenizers",)}  # by a to
 class Preparation:
     """What is prepared, and how; with equal settings, sources and library versions the bytes are equal."""
 
-    source: str  # of `Corpus`
+    source: str  # of `Corpus`; when a preparation is resumed, its files are compared, not their place
     tokenizer: str = ""  # of `load_tokenizer`; empty: the one that `train_vocab` trains
     train_vocab: int = 0  # pieces of a SentencePiece BPE to train on the source; 0: none
     text_field: str = "text"  # name of the text in objects and rows
@@ -153,9 +153,11 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
     }
     path = out / PLAN
     if path.exists():
-        begun = json.loads(path.read_text())
+        begun = read_json(path, REMEDY)
+        if corpus.has_files:  # which tell a source, wherever they are
+            plan["settings"]["source"] = begun["settings"]["source"]
         given = settings.tokenizer  # the folder has a copy, so that a machine without the original can resume
-        if given != begun["tokenizer"]["name"]:
+        if given and (given != begun["tokenizer"]["name"] or Path(given).expanduser().is_file()):
             plan["tokenizer"] = begun["tokenizer"] | {"sha256": load_tokenizer(given).fingerprint}
         plan["libraries"] = {name: _version(name) for name in begun["libraries"]}
         if changed := [name for name in plan if plan[name] != begun[name]]:
@@ -271,7 +273,7 @@ def _find_duplicates(out: Path, count: int) -> None:
 
 def _finish(plan: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes and returns the manifest."""
-    entries = [json.loads(_unit_file(out, number, "json").read_text()) for number in range(len(plan["units"]))]
+    entries = [read_json(_unit_file(out, number, "json"), REMEDY) for number in range(len(plan["units"]))]
     manifest = {name: value for name, value in plan.items() if name != "units"} | {
         "split_rule": _SPLIT_RULE,
         **{name: sum(entry[name] for entry in entries) for name in ("empty", "duplicates", "text_bytes")},
@@ -301,7 +303,7 @@ def _is_done(out: Path, number: int, suffix: str) -> bool:
     path = _unit_file(out, number, suffix)
     if suffix != "json" or not path.exists():
         return path.exists()
-    shards = json.loads(path.read_text())["shards"].values()
+    shards = read_json(path, REMEDY)["shards"].values()
     return all((out / s["file"]).exists() and (out / s["file"]).stat().st_size == s["bytes"] for s in shards)
 
 

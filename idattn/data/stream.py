@@ -9,7 +9,6 @@ import bisect
 import functools
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idattn.data import optional
-from idattn.files import commit, temporary_name
+from idattn.files import commit, read_json, temporary_name
 
 BLOCK = 8192  # tokens: a window touches one or two records, which are checked by their own hash when they are read
 MANIFEST, PLAN = "manifest.json", "plan.json"
 SPLITS = ("train", "validation")
 FORMAT = 1  # of the folder, BLOCK included
+REMEDY = "Delete the file, and give the command that prepared the folder again: it makes what is missing."
 _OPEN_FILES = 256  # at most, far below the usual limit of 1024
 
 
@@ -152,12 +152,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: it is no prepared folder, or its preparation has not come to its end; "
             "the same command resumes it."
         )
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT or set(manifest["splits"]) != set(SPLITS):
-            raise ValueError(f"it is of format {manifest['format']}, not {FORMAT}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    manifest = read_json(path, REMEDY)
+    splits = manifest.get("splits")
+    if manifest.get("format") != FORMAT or not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise ValueError(
+            f"{path} is damaged: it is of format {manifest.get('format')}, not {FORMAT}, or without splits. {REMEDY}"
+        )
     return manifest
 
 

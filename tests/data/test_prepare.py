@@ -204,6 +204,11 @@ def test_other_settings_are_refused(prepared, settings, tmp_path):
         file.write('{"text": "more"}\n')
     with pytest.raises(ValueError, match="was begun otherwise: source_files"):
         prepare(same, begun)
+    moved = copy(Path(settings.source), tmp_path / "moved")
+    prepare(dataclasses.replace(settings, source=f"{moved}/"), begun)
+    assert {path: data for path, data in contents(begun).items() if path.endswith(".arrayrecord")} == {
+        path: data for path, data in contents(prepared).items() if path.endswith(".arrayrecord")
+    }
     assert contents(out) == contents(prepared)
 
 
@@ -223,6 +228,10 @@ def test_tokenizer_is_copied(tmp_path, monkeypatch):
     assert prepare(dataclasses.replace(settings, tokenizer=str(second)), out) == manifest
     with pytest.raises(ValueError, match="was begun otherwise: tokenizer .*'sha256'"):
         prepare(dataclasses.replace(settings, tokenizer=str(other)), out)
+    first.write_bytes(other.read_bytes())  # another tokenizer at the same path
+    with pytest.raises(ValueError, match="was begun otherwise: tokenizer .*'sha256'"):
+        prepare(settings, out)
+    first.unlink()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
     with pytest.raises(ValueError, match="was begun otherwise: libraries .*'array-record': '0.0'"):
         prepare(settings, out)
@@ -544,3 +553,18 @@ def test_same_bytes_from_slurm(prepared, settings, tmp_path):
     assert [line for line in jobs.read_text().splitlines() if "--dependency=afterok:" in line]
     prepare(dataclasses.replace(settings, unit_bytes=1 << 20), tmp_path / "here")
     assert contents(tmp_path / "out") == contents(tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "units/00000.json", "manifest.json"])
+@pytest.mark.parametrize(
+    ("data", "problem"), [(b"", "empty"), (b'{"format": 1, "sh', "not valid JSON"), (b"[]", "list")]
+)
+def test_damaged_json_is_named_and_made_again(prepared, settings, tmp_path, name, data, problem):
+    out = copy(prepared, tmp_path / "out")
+    (out / name).write_bytes(data)
+    read = (lambda: load_data(folder_config([out]))) if name == "manifest.json" else (lambda: prepare(settings, out))
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(.*{problem}.*Delete the file, and give the command"):
+        read()
+    (out / name).unlink()
+    prepare(settings, out)
+    assert contents(out) == contents(prepared)
