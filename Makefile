@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do all set-up themselves; PY=python3.12 picks another interpreter.
+# Every target sets up what it needs. PY=python3.12 picks another interpreter.
 PY ?= python3
 VERSION := $(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifeq ($(VERSION),)
@@ -6,49 +6,68 @@ $(error $(PY) does not run; name a Python of version 3.11 or newer, as in `make 
 endif
 VENV := .venv-$(VERSION)
 RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
-COMPILER := $(VENV)/.compiler
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+# libtpu has an environment on top of the other one: where it is installed, every program warns that it finds no TPU.
+LIBTPU_VENV := $(VENV)-libtpu
+LIBTPU_RUN := $(LIBTPU_VENV)/bin/python
+LIBTPU := $(LIBTPU_VENV)/.ready
 
-.PHONY: quickstart test test-slow lint format docs wheel clean
+.PHONY: help quickstart test test-slow lint format docs wheel clean
 
-$(READY): pyproject.toml
-	$(PY) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[dev]'
-	$(RUN) -m pip install --quiet --no-deps mistral-common  # only for its SentencePiece model, which a test reads
-	touch $@
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-# Apart, since with libtpu installed every program that finds no TPU says so.
-$(COMPILER): $(READY)
-	$(RUN) -m pip install --quiet --editable '.[dev,compile]'
-	touch $@
-
-$(DOCS): $(READY)
-	$(RUN) -m pip install --quiet --editable '.[dev,docs]'
-	touch $@
-
-quickstart: $(READY)
+quickstart: $(CORE)  ## train a small language model on a CPU
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: $(COMPILER) lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
+test: lint $(LIBTPU)  ## lint, and run all tests but the slow ones
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow and not libtpu'
+	$(LIBTPU_RUN) -m pytest -m 'not slow and libtpu'
 
-test-slow: $(COMPILER)
-	$(RUN) -m pytest -m slow
+test-slow: $(LIBTPU)  ## run the tests that take minutes each
+	$(RUN) -m pytest -m 'slow and not libtpu'
+	$(LIBTPU_RUN) -m pytest -m 'slow and libtpu'
 
-lint: $(READY)
+lint: $(DEV)  ## check style and format
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
-format: $(READY)
+format: $(DEV)  ## apply style and format
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-docs: $(DOCS)
+docs: $(DOCS)  ## build the site below site/
 	$(RUN) -m properdocs build --strict
 
-wheel: $(READY)
+wheel: $(CORE)  ## build the wheel below dist/
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-clean:
+clean:  ## delete environments, builds and caches
 	rm -rf .venv-* build dist site *.egg-info .pytest_cache .ruff_cache
+
+$(CORE): pyproject.toml
+	@echo 'Setting up $(VENV): the packages that idattn runs with (about 800 MB)'
+	@$(PY) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --editable .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo 'Adding the tools and packages of the tests to $(VENV) (about 900 MB)'
+	@$(RUN) -m pip install --quiet --editable '.[dev]'
+	@$(RUN) -m pip install --quiet --no-deps mistral-common  # only for its SentencePiece model, which a test reads
+	@touch $@
+
+$(DOCS): $(CORE)
+	@echo 'Adding what builds the pages to $(VENV)'
+	@$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(LIBTPU): $(DEV)
+	@echo "Setting up $(LIBTPU_VENV): the TPU's compiler (about 700 MB)"
+	@$(PY) -m venv --without-pip $(LIBTPU_VENV)
+	@$(RUN) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	    > $(LIBTPU_VENV)/lib/python$(VERSION)/site-packages/base.pth
+	@$(RUN) -m pip --python $(LIBTPU_RUN) install --quiet 'idattn[compile]'  # the one in $(VENV)
+	@touch $@

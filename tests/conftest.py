@@ -1,4 +1,7 @@
-"""Settings of all tests: quick compilation except where a test is about the compiled program."""
+"""Settings of all tests: quick compilation except where a test is about the compiled program.
+
+A test that compiles for TPUs takes the fixture `libtpu`, which gives it the marker of this name.
+"""
 
 import os
 
@@ -8,7 +11,23 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.extend.backend import clear_backends  # noqa: E402
 
+from launch.tpu_compiler import load_compiler  # noqa: E402
+
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "libtpu" in item.fixturenames:
+            item.add_marker("libtpu")
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """The TPU's compiler."""
+    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
+    load_compiler(dump=False)
 
 
 @pytest.fixture(scope="module")

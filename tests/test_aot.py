@@ -19,7 +19,6 @@ from idattn.config import (
 )
 from idattn.costs import count_parameters
 from launch import aot, scaling
-from launch.tpu_compiler import load_compiler
 
 HLO = """HloModule step
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -84,13 +83,7 @@ def make_config(**changes):
     return dataclasses.replace(config, **changes)
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
-    load_compiler(dump=False)
-
-
-def test_a_step_compiles_for_a_slice(compiler):
+def test_a_step_compiles_for_a_slice(libtpu):
     """The real train step with its kernels, for four chips; memory and bytes against what the shapes say."""
     config = make_config()
     figures = aot.compile_step(config, "v5e:2x2")
@@ -124,7 +117,7 @@ def test_what_does_not_fit_says_what_to_change():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", study_paper.CELLS)
-def test_the_papers_cells_compile(compiler, mixer):
+def test_the_papers_cells_compile(libtpu, mixer):
     """The paper's ablation at its size and budget, for the smallest slice of v5p."""
     config = from_config_dict(study_paper.get_config(f"125M,{mixer},42"))
     assert config.train.batch_size * config.data.seq_len == 524_288
@@ -135,7 +128,7 @@ def test_the_papers_cells_compile(compiler, mixer):
 
 
 @pytest.mark.slow
-def test_too_large_is_reported_not_raised(compiler):
+def test_too_large_is_reported_not_raised(libtpu):
     config = make_config(train=TrainConfig(steps=10, batch_size=4096), compute=ComputeConfig(remat="none"))
     figures = aot.compile_step(config, "v5e:2x2")
     assert not figures["fits"]

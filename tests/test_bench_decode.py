@@ -110,9 +110,8 @@ def test_traffic_of_a_program():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "at_least"), [(1, 0.9), (64, 0.7)])
-def test_a_step_on_v5e_moves_what_it_must(tmp_path, batch_size, at_least, optimised):
+def test_a_step_on_v5e_moves_what_it_must(libtpu, tmp_path, batch_size, at_least, optimised):
     """1.3B in bfloat16: at most 1.05 times the weights without the input embedding and the state read and written."""
-    pytest.importorskip("libtpu")
     run_main(
         bench_decode, "--scale=1.3B", "--mixer=interdomain", "--dtype=bfloat16", "--topology=v5e:2x2", "--steps=32",
         "--prefix=512", f"--batch_size={batch_size}", f"--out={tmp_path}",

@@ -60,7 +60,6 @@ def test_compare(execute, tmp_path):
         assert re.search(rf"\| {name} \| [\d,]+ \| \d\.\d{{4}} \| [\d,]+ \| [\d,]+ \|", text)
 
 
-def test_pod(execute):
-    pytest.importorskip("libtpu")
+def test_pod(libtpu, execute):
     text = execute("04_pod.ipynb", NOTEBOOKS)
     assert "interdomain on v5e:2x2, 4 chips (fsdp 4), each:" in text and "fits, " in text

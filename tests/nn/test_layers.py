@@ -9,7 +9,7 @@ from helpers import assert_close
 
 from idattn.config import SSMConfig
 from idattn.nn.layers import HeadNorm, RMSNorm, ShortConv, StateBasis, feature_map, rotate_positions
-from launch.tpu_compiler import compile_for, load_compiler
+from launch.tpu_compiler import compile_for
 
 
 @pytest.fixture
@@ -114,13 +114,11 @@ def test_basis_can_start_as_a_multiple_of_the_identity(c):
 
 
 @pytest.mark.parametrize("segments", [False, True])
-def test_short_conv_is_one_pass_over_memory(segments):
+def test_short_conv_is_one_pass_over_memory(libtpu, segments):
     """Compiled for a TPU, in bfloat16: x is read once and y written once, with nothing of their size between."""
     B, T, C = 2, 2048, 512
     graph, params = nnx.split(ShortConv(C, 4, "G", rngs=nnx.Rngs(0)))
     x, ids = jax.ShapeDtypeStruct((B, T, C), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
-    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
-    load_compiler(dump=False)
     compiled = compile_for(
         "v5e:2x2",
         lambda params, x, ids: nnx.merge(graph, params)(x, None, ids)[0],

@@ -12,7 +12,7 @@ import pytest
 
 from idattn.ops import interdomain_attention, pallas_tpu
 from launch.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
-from launch.tpu_compiler import compile_for, load_compiler
+from launch.tpu_compiler import compile_for
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 QUICK = [("v5e:2x2", "1.3B", "bfloat16"), ("v6e:2x2", "760M", "float32")]
@@ -24,12 +24,6 @@ ODD = {
     "many modes": OpShape(4, 4, 128, 64, 256),
     "more heads than fit": OpShape(16, 16, 128, 128, 128),
 }
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
-    load_compiler(dump=False)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +51,7 @@ def compile_op(topology, shape, dtype, T=300, segments=True):
 
 
 @pytest.mark.parametrize(("topology", "shape", "dtype"), [*QUICK, *SLOW])
-def test_the_kernels_compile(compiler, topology, shape, dtype):
+def test_the_kernels_compile(libtpu, topology, shape, dtype):
     text = compile_op(topology, SHAPES[shape], dtype)
     for kernel in ("forward", "starts", "backward"):
         assert f"interdomain_{kernel}" in text
@@ -66,7 +60,7 @@ def test_the_kernels_compile(compiler, topology, shape, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", ODD)
-def test_odd_shapes_compile(compiler, shape, dtype):
+def test_odd_shapes_compile(libtpu, shape, dtype):
     assert "interdomain_backward" in compile_op("v5e:2x2", ODD[shape], dtype, segments=False)
 
 
