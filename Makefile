@@ -9,12 +9,13 @@ RUN := $(VENV)/bin/python
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+TYPES := $(VENV)/.types
 # libtpu has an environment on top of the other one: where it is installed, every program warns that it finds no TPU.
 LIBTPU_VENV := $(VENV)-libtpu
 LIBTPU_RUN := $(LIBTPU_VENV)/bin/python
 LIBTPU := $(LIBTPU_VENV)/.ready
 
-.PHONY: help quickstart test test-slow lint format docs wheel clean
+.PHONY: help quickstart test test-slow lint types format docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +34,9 @@ test-slow: $(LIBTPU)  ## run the tests that take minutes each
 lint: $(DEV)  ## check style and format
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+
+types: $(TYPES)  ## check types
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 format: $(DEV)  ## apply style and format
 	$(RUN) -m ruff check --fix
@@ -62,6 +66,11 @@ $(DEV): $(CORE)
 $(DOCS): $(CORE)
 	@echo 'Adding what builds the pages to $(VENV)'
 	@$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(TYPES): $(DEV)
+	@echo 'Adding pyright to $(VENV)'
+	@$(RUN) -m pip install --quiet --editable '.[types]'
 	@touch $@
 
 $(LIBTPU): $(DEV)
