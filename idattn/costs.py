@@ -18,7 +18,7 @@ from idattn.nn.layers import MatrixParam
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """The number of parameters by part, and `total`, from the shapes of the real module."""
-    model = nnx.eval_shape(lambda: LanguageModel(config, ComputeConfig(), rngs=nnx.Rngs(0)))
+    model = LanguageModel.abstract(config)
     parts: Counter[str] = Counter()
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         part = path[2] if path[0] == "groups" else path[0]  # groups, block_i, part of the block, ...
@@ -53,7 +53,7 @@ def decode_bytes(config: ModelConfig, batch_size: int, context: int, *, dtype: s
       dtype: of the matrices, keys and values; other parameters are float32.
       state_dtype: of the SSM states.
     """
-    model = nnx.eval_shape(lambda: LanguageModel(config, ComputeConfig(dtype=dtype), rngs=nnx.Rngs(0)))
+    model = LanguageModel.abstract(config, ComputeConfig(dtype=dtype))
     width, state_width = (jax.numpy.dtype(name).itemsize for name in (dtype, state_dtype))
     params = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable))
     weights = sum(math.prod(x.shape) * (width if isinstance(x, MatrixParam) else 4) for x in params)

@@ -12,7 +12,7 @@ from idattn.cli import evaluate
 from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
 from idattn.evals import recall
-from idattn.evals.paper import beside
+from idattn.evals.paper import beside, table
 from idattn.train import train
 
 
@@ -95,6 +95,6 @@ def test_rows_of_ones_own_are_another_setting(local, mark):
     """Beside a model of the paper's setting, for a task and for the mean of a list."""
     found = {"social_iqa acc": 0.4, "mean": 0.5}
     results = {"step": 49_592, "tasks": {"commonsense": {"metrics": found, "local": local}}}
-    *_, task, mean = evaluate.table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
+    *_, task, mean = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
     assert task == f"| commonsense | social_iqa acc | 0.4000 | {mark}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
     assert mean == f"| commonsense | mean | 0.5000 | {mark}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"

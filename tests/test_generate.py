@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def generate_flags():
     with defined_flags(generate), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_decoder", functools.cache(generate.load_decoder))  # one checkpoint, compiled once
+        patch.setattr(generate, "load", functools.cache(generate.load))  # one checkpoint, compiled once
         yield
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "idattn"
 
 # What each part of idattn may import of the others; a subpackage may also import itself.
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"trained", "inference", "nn", "config"},
     "__main__": {"cli"},
     "checks": set(),
     "choices": set(),
@@ -30,6 +30,7 @@ ALLOWED = {
     "costs": {"nn", "config"},
     "study": {"evals", "costs", "files", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices"},
+    "trained": {"train", "inference", "data", "nn", "config"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 TRAINING_ONLY = {

@@ -15,20 +15,16 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags, logging
-from flax import nnx
 from tqdm import tqdm
 
-from idattn.config import Config, MeshConfig
-from idattn.data import load_tokenizer
-from idattn.inference import Decoder, generate_text, load_context, right_pad, save_context
-from idattn.nn import LanguageModel
+from idattn.config import MeshConfig
+from idattn.inference import generate_text, load_context, right_pad, save_context
 from idattn.sharding import make_mesh
-from idattn.train.checkpoint import load_params
+from idattn.trained import load
 
 FLAGS = flags.FLAGS
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -59,23 +55,6 @@ def define_flags() -> None:
     flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "What states are kept in.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are read at a time.", lower_bound=1)
     flags.DEFINE_integer("tensor", 1, "Devices to split the model over, by heads.", lower_bound=1)
-
-
-def load_decoder() -> tuple[Decoder, str, int]:
-    """The decoder, the name of the tokenizer, and the step of the checkpoint."""
-    config, params, step = load_params(FLAGS.checkpoint)
-    return make_decoder(config, params), config.data.tokenizer, step
-
-
-def make_decoder(config: Config, params: Any) -> Decoder:
-    """The decoder of a checkpoint's config and parameters, as --chunk_size and --state_dtype say."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0)))
-    return Decoder(
-        nnx.merge(nnx.graphdef(model), params),
-        chunk_size=FLAGS.chunk_size,
-        state_dtype=FLAGS.state_dtype,
-        trained_length=config.data.seq_len,
-    )
 
 
 def continue_prompt(decoder, tokenizer, context, settings) -> None:
@@ -142,8 +121,7 @@ def main(_):
         raise ValueError("give one of --prompt, --prompt_file and --jsonl.")
     mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor)) if FLAGS.tensor > 1 else None
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        decoder, name, step = load_decoder()
-        tokenizer = load_tokenizer(name)
+        decoder, tokenizer, _, step = load(FLAGS.checkpoint, chunk_size=FLAGS.chunk_size, state_dtype=FLAGS.state_dtype)
         context = load_context(FLAGS.load_context, decoder) if FLAGS.load_context else None
         settings = {name: getattr(FLAGS, name) for name in SETTINGS}
         decoder.sampling(1, **settings)

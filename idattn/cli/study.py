@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
 from idattn.config_files import load_module
+from idattn.files import write_atomic
 from idattn.study import Cell, Study, read_records, record_file, versions, write_report
 from idattn.train.metrics import read_metrics
-from idattn.train.storage import write_whole
 
 FLAGS = flags.FLAGS
 _LOG_LINES = 15  # of a failed cell, in its record
@@ -122,7 +122,7 @@ class Runner:
                     return "stopped"
                 if failed or name in (step for step, _ in self.missing(cell)):
                     error = _end(log) or f"idattn {name} ended with status {failed} and printed nothing"
-                    write_whole(file, json.dumps({"error": error}, indent=1))
+                    write_atomic(file, json.dumps({"error": error}, indent=1))
                     return f"failed, see {log}"
             found, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
             curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
@@ -137,7 +137,7 @@ class Runner:
                     for task, result in found["tasks"].items()
                 },
             }
-            write_whole(file, json.dumps(record, indent=1))
+            write_atomic(file, json.dumps(record, indent=1))
             return f"done, validation loss {curve[-1][1]:.4f} nats per token"
 
     def _call(self, name: str, arguments: list[str], log: Path, lock: IO) -> int:

@@ -114,11 +114,10 @@ def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBl
     """
     if length < 1:
         raise ValueError(f"{length=} must be at least 1 token.")
-
-    def make_model():
-        return LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed))
-
-    model = nnx.jit(make_model)() if params is None else nnx.merge(nnx.graphdef(nnx.eval_shape(make_model)), params)
+    if params is None:
+        model = nnx.jit(lambda: LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed)))()
+    else:
+        model = nnx.merge(nnx.graphdef(LanguageModel.abstract(config.model, config.compute)), params)
     layers = []
     for layer in range(config.model.num_layers):
         repeat, place = divmod(layer, len(config.model.mixers))

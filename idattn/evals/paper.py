@@ -1,9 +1,12 @@
 """The paper's results (arXiv 2605.24330, tables 2, 4, 6 to 9), to stand beside those of other models."""
 
+from typing import Any
+
 from idattn.config import CELLS, Config
 
 # Model width, layers and training tokens of the scales that results are given for.
 _SCALES = {"125M": (768, 12, 2.5e9), "1.3B": (2048, 24, 26e9)}
+_COLUMNS = ("task", "metric", "here", "paper")
 _MIXERS = ("softmax", "interdomain", "s4d")
 _LENGTHS = (4096, 8192, 14336)
 _CORPORA = {
@@ -77,3 +80,16 @@ def beside(task: str, metric: str, config: Config, step: int, *, local: bool = F
         return ""
     scale, values = RESULTS[task, metric]
     return mark(scale, config, step, local=local) + ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def table(results: dict[str, Any], config: Config) -> str:
+    """All metrics in markdown."""
+    lines = [_COLUMNS, ("---", "---", "---:", "---")]
+    for task, result in results["tasks"].items():
+        for metric, value in result["metrics"].items():
+            # Within a list, and for a single task, the metric's name begins with the task's.
+            name, _, rest = metric.rpartition(" ")
+            setting: Any = dict(config=config, step=results["step"], local=result.get("local", False))
+            paper = beside(task, metric, **setting) or beside(name, rest, **setting)
+            lines.append((task, metric, f"{value:.4f}", paper))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

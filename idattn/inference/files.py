@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.flax import load_file, save_file
 
-from idattn.config import ComputeConfig, Config, from_config_dict
+from idattn.config import Config, from_config_dict
 from idattn.inference.decoder import Context, Decoder
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.nn import LanguageModel
@@ -62,8 +62,7 @@ def load_weights(folder: str | Path) -> tuple[Config, Any, int]:
 
 def abstract_params(config: Config) -> Any:
     """The parameters of a config's model as nested dicts of jax.ShapeDtypeStruct."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, ComputeConfig(), rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return nnx.to_pure_dict(nnx.state(LanguageModel.abstract(config.model), nnx.Param))
 
 
 def save_context(path: str | Path, context: Context, decoder: Decoder) -> None:

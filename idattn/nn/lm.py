@@ -176,6 +176,16 @@ class LanguageModel(nnx.Module):
         """How often the pattern of mixers is repeated."""
         return self.config.num_layers // len(self.config.mixers)
 
+    @classmethod
+    def abstract(cls, config: ModelConfig, compute: ComputeConfig | None = None) -> "LanguageModel":
+        """A model of shapes and dtypes without arrays: to count, to compile, or to merge parameters into.
+
+        Args:
+          config: the model.
+          compute: None for the default.
+        """
+        return nnx.eval_shape(lambda: cls(config, compute or ComputeConfig(), rngs=nnx.Rngs(0)))
+
 
 def model_specs(model: LanguageModel) -> dict[str, Any]:
     """How the parameters of a model, abstract or real, are split: PartitionSpecs in their nested dicts."""

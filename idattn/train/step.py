@@ -33,10 +33,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh | None = None):
-        def make_model():
-            return LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed))
-
-        abstract = nnx.eval_shape(make_model)
+        abstract = LanguageModel.abstract(config.model, config.compute)
         self.config = config
         self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         check_divides(config, self.mesh)
@@ -45,7 +42,8 @@ class Trainer:
         self._learning_rate = learning_rate(config.optim, config.train.steps)
 
         def init() -> State:
-            params = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+            model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(config.seed))
+            params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
             # Weakly typed arrays, as of jnp.full(shape, 0.0), would compile the step a second time.
             params = jax.tree.map(lambda x: x.astype(x.dtype), params)
             counts = {"step": jnp.int32(0), "not_finite": jnp.int32(0)}

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from models import V, make_model
 
-from idattn.config import ComputeConfig, quickstart
+from idattn.config import quickstart
 from idattn.inference import Decoder, load_context, load_weights, save_context, save_weights
 from idattn.nn import LanguageModel
 from idattn.train.checkpoint import load_params
@@ -62,7 +62,7 @@ def test_weights_come_back_and_must_fit_their_config(tmp_path):
         assert (stored, step) == (config, 70)
         assert jax.tree.structure(loaded) == jax.tree.structure(params)
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, ComputeConfig(), rngs=nnx.Rngs(0))))
+    structure = nnx.graphdef(LanguageModel.abstract(config.model))
     assert nnx.merge(structure, loaded).hidden(TOKENS)[0].shape == (2, 9, 16)
     values = json.loads((tmp_path / "config.json").read_text())
     values["model"]["mlp_dim"] = 40

@@ -89,7 +89,7 @@ GROUPS = {
 
 def abstract_model(*mixers, **changes):
     config = ModelConfig.tiny(*mixers, **changes)
-    return nnx.eval_shape(lambda: LanguageModel(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0)))
+    return LanguageModel.abstract(config, ComputeConfig(dtype="float32"))
 
 
 def named(tree):
