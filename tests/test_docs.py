@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: links lead to files, commands and settings are those of the program, the example runs."""
+"""The pages: links lead to files, commands and settings are those of the program, the example runs."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ from idattn.cli import PROGRAMS, load
 from idattn.config import from_config_dict, quickstart
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:(?:python -m launch\.|\bidattn (?=[\w-]+ --))([\w-]+)|launch/\w+\.sh)((?:\\\n|[^`\n])*)")
 
 
