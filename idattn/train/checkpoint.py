@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -141,10 +142,6 @@ class Checkpoints:
         """The step of the newest checkpoint, also one that is still being written; None if there is none."""
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """The step of the kept checkpoint with the lowest validation loss, or None if none has one."""
-        return self._manager.best_step()
-
     def _finish(self) -> None:
         """Wait for the save that is under way."""
         try:
@@ -159,7 +156,8 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         # Orbax calls this on the first process, when all items are complete but the folder is not: it has its temporary
         # name, or in a bucket no commit_success.txt.
-        (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._saving))
+        name = re.compile(rf"{self._saving}({re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*)?")
+        (folder,) = (path for path in self._folder.iterdir() if name.fullmatch(path.name))
         files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
         digests = {str(file.relative_to(folder)): sha256_of(file) for file in files}
         (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
@@ -261,8 +259,10 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return path if in_bucket(path) else path.absolute()
 
 
-def _val_loss(metrics: dict[str, float]) -> float:
-    return metrics["val_loss"]
+def _val_loss(metrics: dict[str, float | None]) -> float:
+    """The loss that ranks a checkpoint: infinite where older versions stored NaN, or null for it."""
+    loss = metrics.get("val_loss")
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -274,7 +274,9 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-    return sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
+    """The steps of the complete checkpoints, newest first; other names, as of copies and backups, do not count."""
+    paths = ocp.utils.checkpoint_steps_paths(folder)
+    return sorted((int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name)), reverse=True)
 
 
 def _damage(folder: epath.Path, item: str = "") -> str:
@@ -327,7 +329,7 @@ def _choose(workdir: epath.Path, which: str | int) -> epath.Path:
     if which == "best":
         files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
         losses = {step: _val_loss(json.loads(file.read_text())) for step, file in files.items() if file.exists()}
-        if not losses:
+        if not any(map(math.isfinite, losses.values())):
             raise FileNotFoundError(f"No checkpoint in {folder} has a validation loss; use which='latest' or a step.")
         return folder / str(min(losses, key=losses.get))
     if which not in steps:

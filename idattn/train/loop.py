@@ -103,7 +103,8 @@ class _Run:
             with MetricsWriter(self.workdir, start) if _is_first() else nullcontext() as self.writer:
                 if self.writer:
                     history = read_metrics(self.workdir / "metrics.jsonl")
-                    self.best = min((row["val_loss"] for row in history if "val_loss" in row), default=self.best)
+                    losses = (row.get("val_loss") for row in history)  # null where it was not finite
+                    self.best = min((loss for loss in losses if loss is not None), default=self.best)
                 done, state = self._steps(start, state, saved)
                 if done == start == settings.steps:
                     self._evaluate(state)

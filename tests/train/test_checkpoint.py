@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from idattn.config import quickstart
+from idattn.data.stream import sha256_of
 from idattn.inference import names as names_lib
 from idattn.inference import save_weights
 from idattn.nn import LanguageModel
@@ -150,20 +152,60 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     write_run(tmp_path, losses, keep_latest=2, keep_best=2)
     assert steps(tmp_path) == [2, 6, 7]
     with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
-        assert checkpoints.best_step() == 2
+        assert load_params(tmp_path, "best")[2] == 2
         checkpoints.save(8, make_state(8), make_data(), CONFIG, 0.5)
         checkpoints.save(9, make_state(9), make_data(), CONFIG)
-        assert checkpoints.best_step() == 8
         with pytest.raises(ValueError, match="already exists"):
             checkpoints.save(9, make_state(9), make_data(), CONFIG)
     assert steps(tmp_path) == [2, 8, 9]
+    assert load_params(tmp_path, "best")[2] == 8
 
 
 def test_without_losses_only_the_latest_stay(tmp_path):
     write_run(tmp_path, dict.fromkeys(range(1, 5)), keep_latest=2)
     assert steps(tmp_path) == [3, 4]
-    with Checkpoints(tmp_path, keep_latest=2, keep_best=1) as checkpoints:
-        assert checkpoints.best_step() is None
+
+
+@pytest.mark.parametrize("stored", ["null", "NaN", "Infinity"])
+def test_stored_losses_that_are_not_finite_never_rank(run, stored):
+    """As in checkpoints of older versions: the run resumes, and the best is the one with a number."""
+    workdir, _ = run
+    write_run(workdir, {30: 1.8})
+    for step in ("20", "30"):
+        metrics = workdir / "checkpoints" / step / "metrics" / "metrics"
+        metrics.write_text(f'{{"val_loss": {stored}}}')
+        manifest = workdir / "checkpoints" / step / "manifest.json"
+        digests = json.loads(manifest.read_text()) | {"metrics/metrics": sha256_of(metrics)}
+        manifest.write_text(json.dumps(digests))
+    assert load_params(workdir, "best")[2] == 10
+    with Checkpoints(workdir, keep_latest=1, keep_best=1) as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state()), make_data())[0] == 30
+        checkpoints.save(40, make_state(40), make_data(), CONFIG)
+    assert steps(workdir) == [10, 40]
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    with pytest.raises(FileNotFoundError, match="No checkpoint in .* has a validation loss"):
+        load_params(workdir, "best")
+
+
+def test_other_names_next_to_the_checkpoints_are_ignored(run):
+    workdir, following = run
+    checkpoints = workdir / "checkpoints"
+    names = {"30.old", "30 (copy)", "backup_30", "030", "٣", ".ipynb_checkpoints"}
+    for name in names:
+        shutil.copytree(checkpoints / "10", checkpoints / name)
+    names |= {".DS_Store", "40"}
+    for name in (".DS_Store", "40"):
+        (checkpoints / name).write_text("a file")
+    assert load_params(workdir)[2] == 20
+    assert load_params(workdir, "best")[2] == 20
+    with pytest.raises(ValueError, match=r"which=30 .* \[10, 20\]"):
+        load_params(workdir, 30)
+    step, _, batch = resume(workdir)
+    assert (step, batch) == (20, following[20])
+    write_run(workdir, {30: 1.0})
+    assert {path.name for path in checkpoints.iterdir()} == {"10", "20", "30", *names}
+    assert not (workdir / "broken").exists()
+    assert resume(workdir)[0] == load_params(workdir, "best")[2] == 30
 
 
 def flip_bit(file):

@@ -64,7 +64,7 @@ def some_differ(actual, expected):
 def test_files_and_metrics(finished):
     config, workdir, _ = finished
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints",
+        "config.json", "data.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints",
     }  # fmt: skip
     assert from_config_dict(json.loads((workdir / "config.json").read_text())) == config
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -299,6 +299,17 @@ def test_not_finite_stops_with_the_state_before(corpus, tmp_path):
         assert_same_arrays(aside[name], after_one[name])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(aside["params"]))
     assert max(np.abs(x).max() for x in jax.tree.leaves(aside["params"])) > 1e29
+
+
+def test_resumes_after_validation_losses_that_were_not_finite(finished, tmp_path):
+    config, workdir, result = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    rows = [row | {"val_loss": None} if "val_loss" in row else row for row in read_metrics(workdir / "metrics.jsonl")]
+    rows += [{"step": STEPS, "val_loss": None}]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = train(config, copy)
+    assert again["best_val_loss"] == again["val_loss"] == result["val_loss"]
 
 
 def test_inputs_that_do_not_fit(corpus, tmp_path):
