@@ -51,7 +51,7 @@ REMAT: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SSMConfig:
-    """The state of the interdomain, single-query, dual-linear and S4D mixers (PAPER section 3.3)."""
+    """The state of the interdomain, single-query, dual-linear and S4D mixers (section 3.3 of the paper)."""
 
     num_modes: int = 64  # M, basis functions of the state [P]
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
@@ -80,7 +80,7 @@ class SSMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IdealConfig:
-    """The random features of the ideal mixer (PAPER section 3.1), which are drawn anew from the seed, never trained."""
+    """The random features of the ideal mixer (section 3.1 of the paper): drawn from the seed, never trained."""
 
     features: str = "positive"  # or "fourier", whose denominators may be below zero [P: either]
     num_features: int = 64  # R [O]
@@ -99,7 +99,7 @@ class IdealConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder whose token mixer may differ by layer (PAPER section 4)."""
+    """A Llama-style decoder whose token mixer may differ by layer (section 4 of the paper)."""
 
     vocab_size: int  # V
     model_dim: int  # D
@@ -230,7 +230,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a group of its own for the SSM parameters (PAPER A.2)."""
+    """AdamW with a group of its own for the SSM parameters (appendix A.2 of the paper)."""
 
     peak_lr: float
     warmup_steps: int  # linear from 0; then cosine to final_lr at the last step

@@ -1,4 +1,4 @@
-"""AdamW with the SSM group, warm-up and cosine (PAPER A.2)."""
+"""AdamW with the SSM group, warm-up and cosine (appendix A.2 of the paper)."""
 
 from typing import Any
 
