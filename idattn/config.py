@@ -202,7 +202,7 @@ class DataConfig:
     more_sources: tuple[str, ...] = ()  # further prepared folders, to be mixed with `source`
     weights: tuple[float, ...] = ()  # of a mixture: the share of the windows from `source` and from each further folder
     holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders
-    tokenizer: str = "bytes"  # or what `idattn.data.load_tokenizer` takes; for a folder the file in it
+    tokenizer: str = "bytes"  # or what `idattn.data.load_tokenizer` takes; for a prepared folder that folder
     seq_len: int  # T, tokens in a window
     documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
 

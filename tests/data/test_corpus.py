@@ -159,7 +159,7 @@ def test_folders_named_like_files(tmp_path, suffix):
         part.write_text({".jsonl": '{"text": "hello"}', ".txt": "hello"}[suffix])
     for source in (tmp_path, part.parent):
         assert [document.text for document in load_documents(str(source))] == ["hello"]
-        assert len(Corpus(str(source)).units(100)) == 1
+        assert len(Corpus(str(source)).units(100)) == 1 and Corpus(str(source)).left_out == []
 
 
 def test_parquet_text_of_other_types(tmp_path):

@@ -430,6 +430,10 @@ def test_folders_that_do_not_fit(prepared, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_data(config)
     manifest = read_manifest(out)
+    older = manifest["tokenizer"] | {"bos_id": 24}  # a piece "<s>" that was taken for the special token
+    (out / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": older}))
+    with pytest.raises(ValueError, match=r"start with id 24, but tokenizer='bytes' starts .* 256\. Prepare it anew"):
+        load_data(folder_config([out]))
     manifest["tokenizer"] |= {"sha256": "0" * 64, "vocab_size": 32_000, "file": "tokenizer.model"}
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
