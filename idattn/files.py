@@ -3,10 +3,43 @@
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+from etils.epath.backend import fsspec_backend
+
+
+def resolve_path(path: epath.PathLike) -> epath.Path:
+    """The path of a file or folder that a user names, for use on disks and in buckets alike; `~` is the home folder.
+
+    Args:
+      path: of a disk, or gs://BUCKET/PATH.
+
+    Raises:
+      ImportError: the path is in a bucket and the package gcsfs is missing.
+      ValueError: the path is of another kind of storage, or of a bucket without a path in it.
+    """
+    text = os.fspath(path)
+    if not re.match(r"[A-Za-z][\w+.-]+:/", text):  # one letter is a drive of Windows
+        return epath.Path(path).expanduser()
+    if not re.match("gs://[^/]+/.", text):
+        raise ValueError(f"{text!r} must be a path of a disk, or the string gs://BUCKET/PATH.")
+    try:
+        import gcsfs  # noqa: F401  optional: runs on disks do without it
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package gcsfs: pip install idattn[gcs].") from error
+    # Else what TensorStore and other processes write would be missing in the listings of this one.
+    listings = fsspec_backend.fs(path).dircache
+    listings.use_listings_cache = False
+    listings.clear()
+    return epath.Path(path)
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path that `resolve_path` took is in a bucket."""
+    return os.fspath(path).startswith("gs://")
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
@@ -18,10 +51,12 @@ def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
 
     Raises:
       OSError: the file cannot be written; the one before stays.
+      ValueError: the path is of another kind of storage.
     """
     data = data.encode() if isinstance(data, str) else data
-    if "://" in os.fspath(path):
-        epath.Path(path).write_bytes(data)
+    path = resolve_path(path)
+    if in_bucket(path):
+        path.write_bytes(data)
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +92,7 @@ def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
       FileNotFoundError: there is no file.
       ValueError: the file is empty, cut short, not JSON or no object.
     """
-    text = epath.Path(path).read_bytes()
+    text = resolve_path(path).read_bytes()
     try:
         value = json.loads(text)
         if not isinstance(value, dict):

@@ -6,10 +6,10 @@ from etils import epath
 from flax import nnx
 
 from idattn.config import Config
-from idattn.data import Tokenizer, load_tokenizer
+from idattn.data import Tokenizer
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
-from idattn.train.checkpoint import load_params
+from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 
 
 class Trained(NamedTuple):
@@ -28,23 +28,26 @@ class Trained(NamedTuple):
     step: int
 
 
-def load(checkpoint: epath.PathLike, *, which: str | int = "latest", **settings: Any) -> Trained:
+def load(checkpoint: epath.PathLike, *, which: str | int = "latest", tokenizer: str = "", **settings: Any) -> Trained:
     """The model of a checkpoint, with its tokenizer and config.
 
     Args:
       checkpoint: folder of a run, of one of its checkpoints, or of exported weights; gs://BUCKET/FOLDER too.
       which: "latest", "best" (lowest validation loss) or a step of the run; ignored for one checkpoint.
+      tokenizer: another copy of the checkpoint's tokenizer, as `idattn.data.load_tokenizer` takes it; empty for the
+        one that the checkpoint contains.
       settings: of `idattn.inference.Decoder`: chunk_size, block_size, state_dtype.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint, or its tokenizer's file is missing.
-      ValueError: the checkpoint is damaged, or a setting breaks its rule.
+      FileNotFoundError: there is no such checkpoint, or an older one's tokenizer is not where its config says.
+      ValueError: the checkpoint is damaged, `tokenizer` is not the checkpoint's, or a setting breaks its rule.
     """
-    return assemble(*load_params(checkpoint, which), **settings)
+    config, params, step = load_params(checkpoint, which)
+    return assemble(config, params, step, checkpoint_tokenizer(checkpoint, config, which, tokenizer), **settings)
 
 
-def assemble(config: Config, params: Any, step: int, **settings: Any) -> Trained:
-    """The model of what `idattn.train.checkpoint.load_params` returns; settings as in `load`."""
+def assemble(config: Config, params: Any, step: int, tokenizer: Tokenizer, **settings: Any) -> Trained:
+    """The model of what `load_params` and `checkpoint_tokenizer` return; settings as in `load`."""
     model = nnx.merge(nnx.graphdef(LanguageModel.abstract(config.model, config.compute)), params)
     decoder = Decoder(model, trained_length=config.data.seq_len, **settings)
-    return Trained(decoder, load_tokenizer(config.data.tokenizer), config, step)
+    return Trained(decoder, tokenizer, config, step)

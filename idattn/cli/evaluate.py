@@ -25,7 +25,7 @@ from idattn.evals import harness
 from idattn.evals.paper import table
 from idattn.evals.tasks import TASKS, Settings, Subject, check_task, run_task
 from idattn.files import write_atomic
-from idattn.train.checkpoint import load_params
+from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 from idattn.trained import assemble
 
 FLAGS = flags.FLAGS
@@ -38,6 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
     )
+    flags.DEFINE_string("tokenizer", "", "A copy of the checkpoint's tokenizer; empty for the one that it contains.")
     flags.DEFINE_list("tasks", ["perplexity"], f"Any of {', '.join([*TASKS, *harness.LISTS])}, or lm-eval's.")
     flags.DEFINE_string("out", None, "Folder of the results; it is made where there is none.", required=True)
     flags.DEFINE_list(
@@ -95,7 +96,8 @@ def main(_):
                 f"{FLAGS.checkpoint}, step {step}; name another folder with --out."
             )
         results = found
-    model = assemble(config, params, step, chunk_size=FLAGS.chunk_size, state_dtype=FLAGS.state_dtype)
+    tokenizer = checkpoint_tokenizer(FLAGS.checkpoint, config, name=FLAGS.tokenizer)
+    model = assemble(config, params, step, tokenizer, chunk_size=FLAGS.chunk_size, state_dtype=FLAGS.state_dtype)
     subject = Subject(config, params, model.decoder, model.tokenizer)
     about = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -34,6 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
     )
+    flags.DEFINE_string("tokenizer", "", "A copy of the checkpoint's tokenizer; empty for the one that it contains.")
     flags.DEFINE_string("prompt", "", "Text to continue; empty starts a document.")
     flags.DEFINE_string("prompt_file", None, "File of the text to continue, - for standard input.")
     flags.DEFINE_string("jsonl", None, "File of prompts, one JSON object a row.")
@@ -121,7 +122,12 @@ def main(_):
         raise ValueError("give one of --prompt, --prompt_file and --jsonl.")
     mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor)) if FLAGS.tensor > 1 else None
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        decoder, tokenizer, _, step = load(FLAGS.checkpoint, chunk_size=FLAGS.chunk_size, state_dtype=FLAGS.state_dtype)
+        decoder, tokenizer, _, step = load(
+            FLAGS.checkpoint,
+            tokenizer=FLAGS.tokenizer,
+            chunk_size=FLAGS.chunk_size,
+            state_dtype=FLAGS.state_dtype,
+        )
         context = load_context(FLAGS.load_context, decoder) if FLAGS.load_context else None
         settings = {name: getattr(FLAGS, name) for name in SETTINGS}
         decoder.sampling(1, **settings)

@@ -97,15 +97,21 @@ class TokenWindows:
         }
 
 
-def load_data(config: DataConfig) -> tuple[Tokenizer, list[TokenWindows], list[TokenWindows]]:
+def load_data(
+    config: DataConfig, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, list[TokenWindows], list[TokenWindows]]:
     """The tokenizer, and of each source the windows to train on and to validate on.
+
+    Args:
+      config: of the data.
+      tokenizer: of a checkpoint, instead of `config.tokenizer`.
 
     Raises:
       FileNotFoundError: a source, a part of a prepared folder or the tokenizer's file does not exist.
       ImportError: the tokenizer's package is missing.
       ValueError: a source, its split or the tokenizer is not usable, or a folder was prepared with another tokenizer.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     sources = (config.source, *config.more_sources)
     is_mqar = config.source.startswith(_MQAR)
     if config.holdout and (is_mqar or len(sources) > 1 or is_prepared(sources[0])):

@@ -57,7 +57,7 @@ class Subject(NamedTuple):
 def perplexity(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Losses of every source's validation windows, and of each document in them."""
     config = subject.config
-    tokenizer, _, sources = load_data(config.data)
+    tokenizer, _, sources = load_data(config.data, subject.tokenizer)
     graphdef = nnx.graphdef(LanguageModel.abstract(config.model, config.compute))
     losses = jax.jit(lambda batch: token_losses(graphdef, subject.params, batch, config))
     metrics, documents = {}, []
@@ -95,7 +95,7 @@ def lengths(subject: Subject, settings: Settings) -> dict[str, Any]:
             name, _, path = corpus.rpartition("=")
             streams[name or Path(path).name.split(".")[0]] = load_stream(path, subject.tokenizer)
     else:
-        _, _, sources = load_data(subject.config.data)
+        _, _, sources = load_data(subject.config.data, subject.tokenizer)
         streams = {f"validation{n or ''}": windows.stream for n, windows in enumerate(sources)}
     corpora = {
         name: length.length_losses(

@@ -3,17 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
-from safetensors import safe_open
-from safetensors.flax import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.flax import load, save
 
 from idattn.config import Config, from_config_dict
+from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from idattn.files import read_json, resolve_path, write_atomic
 from idattn.inference.decoder import Context, Decoder
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.nn import LanguageModel
@@ -21,33 +23,35 @@ from idattn.nn import LanguageModel
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_weights(folder: str | Path, config: Config, params: Any, step: int) -> None:
-    """Write `model.safetensors` (names as `groups.block_0.mlp.up.weight`, layers stacked) and `config.json`.
+def save_weights(
+    folder: epath.PathLike, config: Config, params: Any, step: int, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write `model.safetensors` (names as `groups.block_0.mlp.up.weight`, layers stacked), `config.json`, a tokenizer.
 
     Args:
-      folder: made if it does not exist; an export that is there is replaced.
+      folder: of a disk or gs://BUCKET/FOLDER, made if it does not exist; an export that is there is replaced.
       config: of the run.
       params: nested dicts of arrays, as of `idattn.train.checkpoint.load_params`.
       step: optimiser steps that the weights have seen.
+      tokenizer: of the model, whose files are written too; None for that of `config.data.tokenizer`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(named_leaves(params), folder / WEIGHTS, metadata={"step": str(step)})
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    folder = resolve_path(folder)
+    save_tokenizer(load_tokenizer(config.data.tokenizer) if tokenizer is None else tokenizer, folder)
+    write_atomic(folder / WEIGHTS, save(named_leaves(params), {"step": str(step)}))
+    write_atomic(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2))
 
 
-def load_weights(folder: str | Path) -> tuple[Config, Any, int]:
+def load_weights(folder: epath.PathLike) -> tuple[Config, Any, int]:
     """The config, parameters as nested dicts, and step of such a folder.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the arrays are not those of the config's model.
+      ValueError: a file is damaged, or the arrays are not those of the config's model.
     """
-    folder = Path(folder)
-    config = from_config_dict(json.loads((folder / CONFIG).read_text()))
-    arrays = load_file(folder / WEIGHTS)
-    with safe_open(folder / WEIGHTS, "numpy") as file:
-        step = int(file.metadata()["step"])
+    folder = resolve_path(folder)
+    config = from_config_dict(read_json(folder / CONFIG, "Export the checkpoint again."))
+    arrays, metadata = _read(folder / WEIGHTS)
+    step = int(metadata["step"])
     wanted = abstract_params(config)
     names = current_names(arrays, named_leaves(wanted))
     arrays = {names[name]: array for name, array in arrays.items()}
@@ -65,42 +69,39 @@ def abstract_params(config: Config) -> Any:
     return nnx.to_pure_dict(nnx.state(LanguageModel.abstract(config.model), nnx.Param))
 
 
-def save_context(path: str | Path, context: Context, decoder: Decoder) -> None:
+def save_context(path: epath.PathLike, context: Context, decoder: Decoder) -> None:
     """Write a context: of any prompt, as large as of one token, but for the caches of softmax layers.
 
     Args:
-      path: of the file, which is replaced; its folder must exist.
+      path: of the file, which is replaced; missing folders are made.
       context: of `decoder`; it is kept.
       decoder: whose model the file will belong to.
     """
     context = decoder.resize(context, int(np.max(np.asarray(context.length))))
-    save_file(named_leaves(context._asdict()), path, metadata={"model": fingerprint(decoder)})
+    write_atomic(path, save(named_leaves(context._asdict()), {"model": fingerprint(decoder)}))
 
 
-def load_context(path: str | Path, decoder: Decoder) -> Context:
+def load_context(path: epath.PathLike, decoder: Decoder) -> Context:
     """The context in a file.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is of another model, or of other weights of it.
     """
-    if not Path(path).is_file():
+    if not resolve_path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file that `save_context` wrote.")
-    with safe_open(path, "numpy") as file:
-        stored = (file.metadata() or {}).get("model")
-    wanted = fingerprint(decoder)
+    arrays, metadata = _read(resolve_path(path))
+    stored, wanted = metadata.get("model"), fingerprint(decoder)
     if stored != wanted:
         raise ValueError(
             f"{path} was written by the model {stored}, this one is {wanted}: another config or other weights. "
             "Read the prompt again with this model."
         )
-    arrays = load_file(path)
     rows, room = arrays["length"].shape[0], int(jnp.max(arrays["length"]))
     like = jax.eval_shape(lambda: decoder.start(rows, room))
     paths, structure = jax.tree.flatten_with_path(like._asdict())
-    values = [
-        arrays[leaf_name(path)].astype(x.dtype) for path, x in paths
-    ]  # the dtype that this decoder keeps states in
+    # In the dtype that this decoder stores states in.
+    values = [arrays[leaf_name(path)].astype(x.dtype) for path, x in paths]
     return decoder.fork(Context(**jax.tree.unflatten(structure, values)), range(rows))  # places them as it needs them
 
 
@@ -112,3 +113,14 @@ def fingerprint(decoder: Decoder) -> str:
             some = np.asarray(x.reshape(-1)[:64].astype(jnp.bfloat16))  # whatever this decoder computes in
             digest.update(name.encode() + some.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _read(path: epath.Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """The arrays of a safetensors file of a disk or bucket, and its metadata."""
+    data = path.read_bytes()
+    try:
+        arrays = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Write it again.") from error
+    size = int.from_bytes(data[:8], "little")  # of the header, which follows
+    return arrays, json.loads(data[8 : 8 + size]).get("__metadata__", {})

@@ -25,12 +25,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from idattn.config import Config, from_config_dict
 from idattn.data.stream import sha256_of
-from idattn.files import read_json
+from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from idattn.files import in_bucket, read_json, resolve_path, write_atomic
 from idattn.inference.files import WEIGHTS, abstract_params, load_weights
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
-from idattn.train.storage import in_bucket, run_folder, write_whole
 
-MANIFEST = "manifest.json"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 logger = logging.getLogger(__name__)
 
 
@@ -43,12 +43,14 @@ class Checkpoints:
       workdir: folder of the run.
       keep_latest: number of newest checkpoints to keep.
       keep_best: number of checkpoints to keep for their low validation loss, beside the newest.
+      tokenizer: of the run, whose files become part of every checkpoint.
 
     Raises:
       RuntimeError: there are checkpoints but none is valid.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep_latest: int, keep_best: int):
+    def __init__(self, workdir: epath.PathLike, keep_latest: int, keep_best: int, tokenizer: Tokenizer | None = None):
+        self._tokenizer = tokenizer
         self._folder = _absolute(workdir) / "checkpoints"
         broken = _set_broken_aside(self._folder) if jax.process_index() == 0 else ""
         if multihost_utils.broadcast_one_to_all(bool(broken)):
@@ -158,6 +160,8 @@ class Checkpoints:
         # name, or in a bucket no commit_success.txt.
         name = re.compile(rf"{self._saving}({re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*)?")
         (folder,) = (path for path in self._folder.iterdir() if name.fullmatch(path.name))
+        if self._tokenizer is not None:
+            save_tokenizer(self._tokenizer, folder / TOKENIZER)
         files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
         digests = {str(file.relative_to(folder)): sha256_of(file) for file in files}
         (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
@@ -180,8 +184,8 @@ def check_same_run(workdir: epath.PathLike, config: Config, data: Mapping[str, s
         if jax.process_index() == 0:
             try:
                 if data:
-                    write_whole(data_file, json.dumps(dict(data), indent=2))
-                write_whole(file, json.dumps(dataclasses.asdict(config), indent=2))
+                    write_atomic(data_file, json.dumps(dict(data), indent=2))
+                write_atomic(file, json.dumps(dataclasses.asdict(config), indent=2))
             except OSError as error:
                 raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
@@ -218,12 +222,9 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
       FileNotFoundError: the path does not exist, holds no checkpoint, or none with a validation loss for "best".
       ValueError: the checkpoint is damaged, or there is no step `which`.
     """
-    path = _absolute(checkpoint)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give the folder of a run or of one of its checkpoints.")
-    if (path / WEIGHTS).exists():
-        return load_weights(path)
-    folder = path if (path / MANIFEST).exists() else _choose(path, which)
+    folder = _find(checkpoint, which)
+    if (folder / WEIGHTS).exists():
+        return load_weights(folder)
     if damage := _damage(folder):
         raise ValueError(f"The checkpoint is damaged: {damage}. Choose another step.")
     config = from_config_dict(json.loads((folder / "config" / "metadata").read_text()))
@@ -242,6 +243,36 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
     return config, unflatten_dict({names[name]: x for name, x in params.items()}, sep="."), int(folder.name)
 
 
+def checkpoint_tokenizer(
+    checkpoint: epath.PathLike, config: Config, which: str | int = "latest", name: str = ""
+) -> Tokenizer:
+    """The tokenizer that a checkpoint or an export contains, whatever lies at the path it was trained with.
+
+    Args:
+      checkpoint, which: as in `load_params`.
+      config: as returned by `load_params`; an older checkpoint without a tokenizer uses its `data.tokenizer`.
+      name: another copy, as `load_tokenizer` takes it; empty for the checkpoint's.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint, or an older one's tokenizer is not where its config says.
+      ValueError: `name` is another tokenizer than the checkpoint's.
+    """
+    folder = _find(checkpoint, which)
+    folder = folder if (folder / WEIGHTS).exists() else folder / TOKENIZER
+    if not folder.exists() or not any(path.stem == "tokenizer" for path in folder.iterdir()):
+        return load_tokenizer(name or config.data.tokenizer)
+    stored = load_tokenizer(folder)
+    if not name:
+        return stored
+    given = load_tokenizer(name)
+    if given.fingerprint != stored.fingerprint:
+        raise ValueError(
+            f"tokenizer={name!r} ({given.fingerprint[:12]}) is another than that of {checkpoint} "
+            f"({stored.fingerprint[:12]}). Leave it out to use the checkpoint's, which is in {folder}."
+        )
+    return given
+
+
 def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
     """Save a state to `workdir/name` for inspection and wait for it; an earlier one of this name is replaced.
 
@@ -255,7 +286,7 @@ def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    path = run_folder(path)
+    path = resolve_path(path)
     return path if in_bucket(path) else path.absolute()
 
 
@@ -312,10 +343,18 @@ def _set_broken_aside(folder: epath.Path) -> str:
         target = aside / str(step)
         while target.exists():
             target = aside / f"{step}-{next(count)}"
-        write_whole(target.with_name(f"{target.name}.txt"), damage)  # also makes the folder of both
+        write_atomic(target.with_name(f"{target.name}.txt"), damage)  # also makes the folder of both
         (folder / str(step)).rename(target)
         logger.warning("Checkpoint %d is not used and moved to %s: %s.", step, target, damage)
     return ""
+
+
+def _find(checkpoint: epath.PathLike, which: str | int) -> epath.Path:
+    """The folder of a checkpoint or export."""
+    path = _absolute(checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give the folder of a run or of one of its checkpoints.")
+    return path if (path / MANIFEST).exists() or (path / WEIGHTS).exists() else _choose(path, which)
 
 
 def _choose(workdir: epath.Path, which: str | int) -> epath.Path:

@@ -20,12 +20,13 @@ from idattn.costs import count_parameters, training_flops_per_token
 from idattn.data import count_epochs, digests, eval_batches, load_data, train_iterator
 from idattn.evals.ngram import ngram_nats
 from idattn.evals.perplexity import mean_loss
+from idattn.files import resolve_path
 from idattn.inference import Decoder, generate_text
 from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
-from idattn.train.storage import LocalFolder, run_folder
+from idattn.train.storage import LocalFolder
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
     """
     if not isinstance(config, Config):
         config = from_config_dict(config)
-    return _Run(config, run_folder(workdir), init_from, profile).run()
+    return _Run(config, resolve_path(workdir), init_from, profile).run()
 
 
 class _Run:
@@ -90,7 +91,8 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         settings, mesh = self.config.train, self.trainer.mesh
-        with StopRequest() as self.stop, Checkpoints(self.workdir, settings.keep_latest, settings.keep_best) as saved:
+        stored = Checkpoints(self.workdir, settings.keep_latest, settings.keep_best, self.tokenizer)
+        with StopRequest() as self.stop, stored as saved:
             restored = saved.restore_latest(self.trainer.abstract_state(), self.data)
             start, state = restored or (0, self._initial_state())
             axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

@@ -9,7 +9,8 @@ from etils import epath
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from idattn.train.storage import LocalFolder, run_folder, write_whole
+from idattn.files import resolve_path, write_atomic
+from idattn.train.storage import LocalFolder
 
 # Published dense bfloat16 FLOP/s for each jax device, by `device_kind`. A device is a whole chip, but for TPU v3 and
 # TPU7x, where it is one of the chip's two TensorCores. Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x};
@@ -62,12 +63,12 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int):
-        workdir = run_folder(workdir)
+        workdir = resolve_path(workdir)
         stored = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(stored) if row["step"] <= resume_step] if stored.exists() else []
         self._local = LocalFolder(workdir)
         path = self._local.path / "metrics.jsonl"
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         # Its own writer for buckets ends at a fault of the network, and calls of the run then wait for ever.
         self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
@@ -115,7 +116,7 @@ def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None =
       FileNotFoundError: the run has no metrics.
       ValueError: the metrics hold no loss, or a line of them is malformed.
     """
-    path = run_folder(workdir) / "metrics.jsonl"
+    path = resolve_path(workdir) / "metrics.jsonl"
     records = read_metrics(path)
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)")

@@ -15,12 +15,13 @@ import pytest
 from flax import nnx
 
 from idattn.config import quickstart
+from idattn.data import load_tokenizer, train_tokenizer
 from idattn.data.stream import sha256_of
 from idattn.inference import names as names_lib
 from idattn.inference import save_weights
 from idattn.nn import LanguageModel
 from idattn.train import checkpoint as checkpoint_lib
-from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
+from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
 
 CONFIG = quickstart()
 
@@ -393,6 +394,43 @@ def test_weights_with_names_of_older_versions_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(names_lib, "_RENAMED", {"old_norm": "mixer_norm", "old_head": "head"})
     for folder in (tmp_path, tmp_path / "exported"):
         assert_same(load_params(folder)[1], params)
+
+
+def bpe(path, text):
+    train_tokenizer([text * 200], 290, path)
+    return load_tokenizer(path)
+
+
+def test_checkpoints_and_exports_contain_their_tokenizer(tmp_path):
+    """Another file at the path that the run was trained with is never used, nor one that is named."""
+    path = tmp_path / "t.model"
+    tokenizer = bpe(path, "the cat sat on the mat. a dog ran.\n")
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, tokenizer=str(path)))
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    with Checkpoints(run, keep_latest=1, keep_best=0, tokenizer=tokenizer) as checkpoints:
+        checkpoints.save(1, make_state(), make_data(), config)
+    save_weights(exported, config, make_state()["params"], 1)
+    shutil.copy(path, tmp_path / "same.model")
+    other = bpe(path, "zwei hunde jagen quer durch bonn. xylophon!\n")
+    assert other.fingerprint != tokenizer.fingerprint
+    for folder in (run, run / "checkpoints" / "1", exported):
+        for name in ("", str(tmp_path / "same.model")):
+            assert checkpoint_tokenizer(folder, config, name=name).fingerprint == tokenizer.fingerprint
+        with pytest.raises(ValueError, match=r"t\.model'.* is another than that of .*Leave it out"):
+            checkpoint_tokenizer(folder, config, name=str(path))
+    path.unlink()
+    assert checkpoint_tokenizer(exported, config).fingerprint == tokenizer.fingerprint
+    flip_bit(run / "checkpoints" / "1" / "tokenizer" / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"damaged: .*tokenizer\.model does not match its checksum"):
+        load_params(run)
+
+
+def test_older_checkpoints_use_the_tokenizer_of_their_config(run):
+    config = load_params(run[0])[0]
+    assert checkpoint_tokenizer(run[0], config).fingerprint == "bytes"
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="missing.model"))
+    with pytest.raises(FileNotFoundError, match="missing.model"):
+        checkpoint_tokenizer(run[0], elsewhere)
 
 
 def test_same_run(tmp_path):

@@ -1,6 +1,7 @@
 """Runs in a bucket: the libraries that speak to Google Cloud Storage speak to a server on this machine."""
 
 import json
+import os
 import sys
 import threading
 from http import HTTPStatus
@@ -16,10 +17,11 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from runs import assert_same_arrays, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
 
+from idattn.files import read_json, resolve_path, write_atomic
+from idattn.inference import load_context, load_weights, save_weights
 from idattn.train import train
 from idattn.train.checkpoint import MANIFEST, Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter
-from idattn.train.storage import run_folder
 
 
 def move(request, response, storage):
@@ -86,7 +88,7 @@ def test_a_run_in_a_bucket(bucket, tmp_path, capsys):
     config = make_config(write_corpus(tmp_path), steps=8, eval_every=4, checkpoint_every=2)
     train(config, tmp_path / "run")
     name = f"{bucket}/runs/one"
-    workdir = run_folder(name)
+    workdir = resolve_path(name)
     half, last = workdir / "checkpoints" / "4", workdir / "checkpoints" / "8"
     children = launch(config, name, pause_in_save=4.0)
     try:
@@ -133,7 +135,7 @@ def test_a_run_in_a_bucket(bucket, tmp_path, capsys):
 @pytest.mark.slow
 def test_files_that_others_write_are_listed(bucket):
     """A manifest must name the files of TensorStore, in folders that gcsfs has listed before."""
-    folder = run_folder(f"{bucket}/listed")
+    folder = resolve_path(f"{bucket}/listed")
     (folder / "ours").write_text("1")
     assert [path.name for path in folder.iterdir()] == ["ours"]
     ts.KvStore.open(f"{folder}/").result().write("theirs", b"2").result()
@@ -142,7 +144,7 @@ def test_files_that_others_write_are_listed(bucket):
 
 @pytest.mark.slow
 def test_save_aside_in_a_bucket(bucket):
-    workdir = run_folder(f"{bucket}/runs/aside")
+    workdir = resolve_path(f"{bucket}/runs/aside")
     for value in (1.0, 2.0):
         save_aside(workdir, "state", {"weight": jnp.full(5, value)})
     with ocp.StandardCheckpointer() as checkpointer:
@@ -153,15 +155,39 @@ def test_save_aside_in_a_bucket(bucket):
 def test_no_bucket_is_made(bucket):
     with pytest.raises(OSError, match="gs://another/run.* cannot be written .*name a folder that can"):
         check_same_run("gs://another/run", make_config("corpus"))
-    assert not run_folder("gs://another/run").exists()
+    assert not resolve_path("gs://another/run").exists()
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/run", "gs://bucket", "gs:/bucket/run", Path("gs://bucket/run")])
 def test_other_storage_is_an_error(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="must be a folder of a disk, or the string gs://BUCKET/FOLDER"):
+    with pytest.raises(ValueError, match="must be a path of a disk, or the string gs://BUCKET/PATH"):
         train(make_config("corpus"), path)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x", "gs://bucket", "file://x/y", "hdfs:/x/y"])
+def test_no_other_path_becomes_a_local_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: save_weights(path, make_config("corpus"), {}, 1),
+        lambda: load_weights(path),
+        lambda: load_context(path, None),
+        lambda: write_atomic(path, "text"),
+        lambda: read_json(path, ""),
+        lambda: load_params(path),
+    ):
+        with pytest.raises(ValueError, match=rf"{path}.* must be a path of a disk, or the string gs://BUCKET/PATH"):
+            use()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_exports_are_readable_by_others(tmp_path):
+    save_weights(tmp_path / "new" / "export", make_config("corpus"), {"x": jnp.ones(3)}, 7)
+    weights = tmp_path / "new" / "export" / "model.safetensors"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert weights.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_missing_package(monkeypatch):
