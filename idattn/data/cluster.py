@@ -33,6 +33,7 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
         logs = folder.with_name(f"{folder.name}-logs") / str(attempt)
         step = functools.partial(_run_part, settings, str(folder))
         last = executor([step], tasks=tasks, logging_dir=str(logs), depends=last, **options)
+    assert last, "there is at least one attempt"
     last.run()
 
 

@@ -54,9 +54,13 @@ class Corpus:
           ValueError: the source is of no known kind, or has no such field.
         """
         self._source = source
-        path = None if source.startswith("hf:") else _path_of(source)
-        files, self.left_out = _files(path) if path and path.is_dir() else ([path], [])
-        self._parts = list(_parts(path, files, text_field)) if path else [Rows.of_dataset(source, text_field)]
+        self.left_out: list[Path] = []
+        if source.startswith("hf:"):
+            self._parts = [Rows.of_dataset(source, text_field)]
+            return
+        path = _path_of(source)
+        files, self.left_out = _files(path) if path.is_dir() else ([path], [])
+        self._parts = list(_parts(path, files, text_field))
 
     @property
     def has_files(self) -> bool:

@@ -120,7 +120,8 @@ def load_data(
             "set holdout=()."
         )
     if is_mqar:
-        return tokenizer, *_mqar_windows(config, tokenizer)
+        train, validation = _mqar_windows(config, tokenizer)
+        return tokenizer, train, validation
     if len(sources) == 1 and not is_prepared(sources[0]):
         texts = split(load_documents(sources[0]), config.holdout)
         streams = [[_in_memory(documents, tokenizer)] for documents in texts]
@@ -259,7 +260,7 @@ def digests(tokenizer: Tokenizer, train: Sequence[TokenWindows], validation: Seq
 def _digest(windows: Sequence[TokenWindows]) -> str:
     digest = hashlib.sha256()
     for part in windows:
-        digest.update(part.stream.digest if isinstance(part.stream, TokenStream) else part.stream)
+        digest.update(part.stream.digest if isinstance(part.stream, TokenStream) else part.stream.data)
     return digest.hexdigest()
 
 
@@ -312,7 +313,7 @@ def eval_batches(
     count = min(len(joined), limit * batch_size)
     chosen = [number * len(joined) // count for number in range(count)]
     rows = range(batch_size) if rows is None else rows
-    length = len(joined[0]["inputs"])
+    length = len(windows[0][0]["inputs"])
     missing = {name: np.full(length, padding, dtype) for name, (dtype, padding) in ARRAYS.items()}
 
     def batch(first: int) -> Batch:
@@ -321,5 +322,5 @@ def eval_batches(
     return (batch(first) for first in range(0, count, batch_size))
 
 
-def _stack(rows: Sequence[Batch]) -> Batch:
+def _stack(rows: Sequence[Any]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

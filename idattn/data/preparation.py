@@ -132,7 +132,7 @@ class _Worker:
                     path = self._out / f"{split}-{number:05d}.arrayrecord"
                     shards[split] = ShardWriter(path, self._plan["dtype"])
                 shards[split].add(encode_document(text, self._tokenizer, name))
-        entry = counts | {"shards": {split: shard.close() for split, shard in sorted(shards.items())}}
+        entry: dict[str, Any] = counts | {"shards": {split: shard.close() for split, shard in sorted(shards.items())}}
         write_atomic(_unit_file(self._out, number, "json"), _json(entry))
         return sum(shard["tokens"] for shard in entry["shards"].values())
 
@@ -225,8 +225,9 @@ def _results(
     """What `do` returns for the numbers, as they are done."""
     workers = min(workers, len(numbers))
     if workers <= 1:
-        worker = make() if numbers else None
-        yield from (do(worker, number) for number in numbers)
+        if numbers:
+            worker = make()
+            yield from (do(worker, number) for number in numbers)
         return
     # Not forked: the process may have threads, of jax for one.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (make,)) as pool:
@@ -253,7 +254,9 @@ def _call(do: Callable[[_Worker, int], int], number: int) -> int:
 
 
 def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent, "runs in workers alone"
+    parent.join()
     os._exit(1)
 
 

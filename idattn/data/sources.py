@@ -217,7 +217,7 @@ def _opener(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
 
 def _open_xz(path: Path, mode: str) -> BinaryIO:
     """Like `lzma.open`, but an error where something else than a stream follows a stream, which that ignores."""
-    file = lzma.open(path, mode)  # noqa: SIM115  the caller closes it
+    file: Any = lzma.open(path, mode)  # noqa: SIM115  the caller closes it
     file._buffer.raw._trailing_error = ()
     return file
 

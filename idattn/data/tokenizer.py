@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     """
 
     name: str
-    files: Mapping[str, bytes]
+    files: dict[str, bytes]
     fingerprint: str
     vocab_size: int
     bos_id: int
@@ -252,6 +252,7 @@ def _download(name: str) -> str:
     hub, errors = (
         optional.load(module, f"tokenizer={name!r}") for module in ("huggingface_hub", "huggingface_hub.errors")
     )
+    reason: Exception | None = None
     for file in _HUB_FILES:
         try:
             return hub.hf_hub_download(name, file)

@@ -163,7 +163,7 @@ def test_same_bytes_after_faults(prepared, settings, tmp_path, monkeypatch):
         monkeypatch.setattr(preparation, "encode_document", fail)
         with pytest.raises(MemoryError):
             prepare(settings, out)
-        with pytest.raises(FileNotFoundError, match=r"has no manifest\.json.* the same command goes on"):
+        with pytest.raises(FileNotFoundError, match=r"has no manifest\.json.* the same command resumes it"):
             TokenStream(out, "train")
         if documents == 20:
             next(out.glob("train-*.arrayrecord")).unlink()  # what is complete is looked at
