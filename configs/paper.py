@@ -5,7 +5,7 @@ idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-100BT --out=dat
 idattn train --config=paper:125M,interdomain --workdir=DIR
 idattn describe --config=paper:1.3B,interdomain
 
-Scales 125M, 350M, 760M, 1.3B; mixers of `idattn.config.MIXERS`. The paper trains on FineWeb-Edu with the Llama 2
+Scales 125M, 350M, 760M, 1.3B; mixers of `idattn.choices.MIXERS`. The paper trains on FineWeb-Edu with the Llama 2
 tokenizer (32,000 pieces), which the first command prepares for all runs (sample-10BT is enough for 125M and 350M); for
 a folder elsewhere set config.data.source, and config.data.tokenizer to the file in it. Validation perplexity to expect
 at 125M after 2.5e9 tokens: interdomain 16.48, interdomain_norope 16.51, softmax 16.65, single_query 16.94, s4d 19.22,
@@ -14,8 +14,8 @@ s4d_rope 19.77, dual_linear 20.18; at 1.3B after 26e9 tokens: interdomain 7.98, 
 
 from typing import NamedTuple
 
-from idattn.choices import check_choice
-from idattn.config import MIXERS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
+from idattn.choices import MIXERS, check_choice
+from idattn.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
 
 FOLDER = "data/fineweb-edu"
 SEQ_LEN = 4096

@@ -9,8 +9,8 @@ the report again, with another --workdir it trains everything anew. One cell by 
 idattn train --config=study_cpu:0.8M,softmax,1 --workdir=DIR
 """
 
+from idattn.choices import CELLS
 from idattn.config import (
-    CELLS,
     ComputeConfig,
     Config,
     DataConfig,

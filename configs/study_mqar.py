@@ -7,8 +7,8 @@ two heads that recall: a loss on the answers alone, one wide head a layer, and w
 With a loss on all tokens, several narrow heads or a start at 0.02 it stays near chance.
 """
 
+from idattn.choices import CELLS
 from idattn.config import (
-    CELLS,
     ComputeConfig,
     Config,
     DataConfig,

@@ -7,7 +7,7 @@ prints the commands of all cells, for launch/tpu.sh or launch/slurm.sh (add --co
 configs/paper.py. The corpora of the length panel (tables 2 and 8) are yours to prepare: --corpora of `idattn evaluate`.
 """
 
-from idattn.config import CELLS
+from idattn.choices import CELLS
 from idattn.config_files import load_module
 from idattn.study import Study, grid
 

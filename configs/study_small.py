@@ -7,7 +7,8 @@ for all. The text is WikiText-103, from the Hugging Face hub; for other text cha
 accelerator was at hand.
 """
 
-from idattn.config import CELLS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
+from idattn.choices import CELLS
+from idattn.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
 from idattn.study import Study, grid
 
 FOLDER = "data/small-8192"

@@ -1,11 +1,22 @@
-"""The names that settings may take, and the error for one that is not among them."""
+"""The names that settings may take, the errors for one that is not among them, and the classes of mixers."""
 
 import difflib
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-BACKENDS = ("auto", "recurrent", "fft", "associative", "chunkwise", "pallas_tpu")
 READOUTS = ("transpose", "hermitian", "real")
 FEATURES = ("positive", "fourier")  # of the ideal layer
+CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4), and where their classes are
+    "interdomain": "idattn.nn.interdomain:Interdomain",
+    "interdomain_norope": "idattn.nn.interdomain:InterdomainNoRope",
+    "softmax": "idattn.nn.softmax:SoftmaxAttention",
+    "single_query": "idattn.nn.interdomain:SingleQuery",
+    "s4d": "idattn.nn.interdomain:S4D",
+    "s4d_rope": "idattn.nn.interdomain:S4DRope",
+    "dual_linear": "idattn.nn.interdomain:DualLinear",
+}
+MIXERS: Mapping[str, str] = {**CELLS, "ideal": "idattn.nn.ideal:IdealAttention"}
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -16,3 +27,29 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name}={value!r} is not known.{hint} It must be one of {', '.join(choices)}.")
+
+
+def find_mixer(name: str) -> Any:
+    """The class of a token mixer, a subclass of `idattn.nn.Mixer`.
+
+    Args:
+      name: of `MIXERS`, or "module:Class" for a mixer of one's own.
+
+    Raises:
+      ValueError: there is none of this name, or it does not define what a mixer owes.
+    """
+    if ":" not in str(name):
+        check_choice("mixer", name, MIXERS)
+    module, _, attribute = MIXERS.get(name, name).partition(":")
+    try:
+        mixer = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"mixer={name!r} must be one of {', '.join(MIXERS)} or module:Class ({error}).") from error
+    base = importlib.import_module("idattn.nn.mixer").Mixer
+    if not (isinstance(mixer, type) and issubclass(mixer, base)):
+        raise ValueError(f"mixer={name!r} must be a subclass of idattn.nn.Mixer.")
+    if mixer.__abstractmethods__:
+        raise ValueError(
+            f"mixer={name!r} must define {', '.join(sorted(mixer.__abstractmethods__))}; see idattn.nn.Mixer."
+        )
+    return mixer

@@ -15,31 +15,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
-from idattn.choices import BACKENDS, FEATURES, READOUTS, check_choice
-
-
-@dataclass(frozen=True)
-class MixerKind:
-    """A token mixer of the same backbone."""
-
-    feature_map: bool = False  # the SSM reads [xi(k), v] rather than two generic inputs [a, b]
-    query_readout: bool = False  # queries read the state (eq. 13) rather than a learned linear readout
-    rope: bool = False  # rotary positions on the queries and on the SSM's first input
-    softmax: bool = False  # softmax attention; the three flags above do not apply
-    ideal: bool = False  # the paper's ideal layer (eq. 3-9); likewise
-
-
-CELLS: Mapping[str, MixerKind] = {  # the conditions of the paper's study (section 4)
-    "interdomain": MixerKind(feature_map=True, query_readout=True, rope=True),
-    "interdomain_norope": MixerKind(feature_map=True, query_readout=True),
-    "softmax": MixerKind(softmax=True, rope=True),
-    "single_query": MixerKind(query_readout=True, rope=True),
-    "s4d": MixerKind(),
-    "s4d_rope": MixerKind(rope=True),
-    "dual_linear": MixerKind(feature_map=True, rope=True),
-}
-MIXERS: Mapping[str, MixerKind] = {**CELLS, "ideal": MixerKind(ideal=True)}
-
+from idattn.choices import FEATURES, MIXERS, READOUTS, check_choice, find_mixer
+from idattn.ops.api import AUTO, BACKENDS
 
 REMAT: Mapping[str, str] = {
     "none": "nothing",
@@ -106,7 +83,7 @@ class ModelConfig:
     num_layers: int  # L
     num_heads: int  # H; heads are D / H wide
     mlp_dim: int  # F, width of the SwiGLU
-    mixers: tuple[str, ...] = ("interdomain",)  # names of MIXERS, repeated over the depth (hybrids)
+    mixers: tuple[str, ...] = ("interdomain",)  # names of MIXERS or "module:Class", repeated over the depth (hybrids)
     rope_base: float = 10_000.0  # wavelengths of the rotary positions [O]
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm [O]
     init_std: float = 0.02  # of every matrix; residual outputs start at init_std / sqrt(2 L) [O]
@@ -119,8 +96,7 @@ class ModelConfig:
         check_positive(self, "rope_base", "norm_eps", "init_std")
         if not self.mixers:
             raise ValueError(f"mixers={self.mixers} must name at least one mixer of {', '.join(MIXERS)}.")
-        for name in self.mixers:
-            check_choice("mixer", name, MIXERS)
+        mixers = [find_mixer(name) for name in self.mixers]
         if self.num_layers % len(self.mixers):
             raise ValueError(
                 f"num_layers={self.num_layers} must be a multiple of the {len(self.mixers)} mixers of the pattern "
@@ -130,8 +106,8 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads} must divide model_dim={self.model_dim}.")
         if self.num_heads % self.ssm.heads_per_kv:
             raise ValueError(f"heads_per_kv={self.ssm.heads_per_kv} must divide num_heads={self.num_heads}.")
-        if any(MIXERS[name].rope for name in self.mixers) and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} (model_dim / num_heads) must be even for rotary positions.")
+        for mixer in mixers:
+            mixer.check(self)
 
     @property
     def head_dim(self) -> int:
@@ -171,7 +147,7 @@ class ComputeConfig:
     def __post_init__(self):
         check_types(self)
         check_choice("dtype", self.dtype, ("bfloat16", "float32", "float64"))
-        check_choice("backend", self.backend, BACKENDS)
+        check_choice("backend", self.backend, (AUTO, *BACKENDS))
         check_choice("remat", self.remat, REMAT)
         check_at_least(self, 1, "chunk_size", "loss_chunk")
 

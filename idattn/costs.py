@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from idattn.config import MIXERS, ComputeConfig, Config, ModelConfig
+from idattn.choices import find_mixer
+from idattn.config import ComputeConfig, Config, ModelConfig
 from idattn.nn import LanguageModel
-from idattn.nn.layers import MatrixParam
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -28,18 +28,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def state_size(config: ModelConfig, mixer: str, context: int) -> int:
     """Real numbers that one layer carries from token to token for a sequence, without convolution tails (table 5)."""
-    if MIXERS[mixer].softmax:
-        return 2 * config.model_dim * context
-    if MIXERS[mixer].ideal:
-        return config.num_heads * config.ssm.num_modes * (config.ideal.num_features + config.head_dim)
-    return config.num_kv_heads * 2 * config.ssm.num_modes * 2 * config.head_dim
+    return find_mixer(mixer).state_size(config, context)
 
 
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     """Operations of a forward pass per token of sequences of `context` tokens."""
     D, F = config.model_dim, config.mlp_dim
     repeats = config.num_layers // len(config.mixers)
-    layers = sum(_mixer_flops(config, mixer, context) for mixer in config.mixers) * repeats
+    layers = sum(find_mixer(name).flops(config, context) for name in config.mixers) * repeats
     return layers + config.num_layers * 6 * D * F + 2 * D * config.vocab_size
 
 
@@ -56,12 +52,13 @@ def decode_bytes(config: ModelConfig, batch_size: int, context: int, *, dtype: s
     model = LanguageModel.abstract(config, ComputeConfig(dtype=dtype))
     width, state_width = (jax.numpy.dtype(name).itemsize for name in (dtype, state_dtype))
     params = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    weights = sum(math.prod(x.shape) * (width if isinstance(x, MatrixParam) else 4) for x in params)
+    weights = sum(math.prod(x.shape) * (width if x.get_metadata().get("group") == "matrix" else 4) for x in params)
     weights -= config.vocab_size * config.model_dim * width
     states = sum(
+        # A cache is read, and written only at the new token; a state of fixed size is read and written.
         state_size(config, name, context + 1) * width
-        if MIXERS[name].softmax
-        else 2 * state_size(config, name, 0) * state_width
+        if find_mixer(name).grows
+        else 2 * state_size(config, name, context) * state_width
         for name in config.mixers
     )
     return weights + batch_size * states * (config.num_layers // len(config.mixers))
@@ -70,29 +67,6 @@ def decode_bytes(config: ModelConfig, batch_size: int, context: int, *, dtype: s
 def training_flops_per_token(config: ModelConfig, context: int) -> int:
     """Operations of a forward and a backward pass per token: three times the forward pass."""
     return 3 * forward_flops_per_token(config, context)
-
-
-def _mixer_flops(config: ModelConfig, mixer: str, context: int) -> int:
-    kind, ssm = MIXERS[mixer], config.ssm
-    D, H, G, R, M = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.ssm.num_modes
-    if kind.softmax:
-        return 8 * D**2 + 2 * D * context  # projections; scores and weighted values over half the context
-    if kind.ideal:
-        features, width = config.ideal.num_features, config.ideal.num_features + R
-        frequencies = features // 2 if config.ideal.features == "fourier" else features
-        core = 4 * R * frequencies + 2 * M**2 * width + 2 * M * width  # both features, update, read
-        return 8 * D**2 + H * core + 2 * M**3  # and the change of coefficients, one for all heads
-    width = D if kind.query_readout else 2 * D  # of what the output projection reads
-    narrow = G * R  # of the inputs of the state
-    projections = 2 * D * (2 * narrow + width + (D if kind.query_readout else 0) + (width if ssm.output_gate else 0))
-    convolved = narrow * (1 if kind.feature_map else 2) + (D if kind.query_readout else 0)
-    # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
-    update = G * 10 * M * 2 * R
-    if kind.query_readout:  # y = X_k q, w = C^T f(C y) with the product of the two matrices, o = Re(w^T X_v)
-        read = H * (4 * M * R + {"full": 8 * M**2, "diagonal": 8 * M, "identity": 0}[ssm.c] + 4 * M * R)
-    else:
-        read = H * 4 * M * 2 * R
-    return projections + 2 * ssm.conv_width * convolved + update + read
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -113,7 +87,7 @@ def describe(config: Config) -> dict[str, Any]:
             "parameters": 4 * parameters["total"],
             "optimiser": 8 * parameters["total"],
             "state_per_sequence": sum(
-                size * repeats * (jax.numpy.dtype(config.compute.dtype).itemsize if MIXERS[mixer].softmax else 4)
+                size * repeats * (jax.numpy.dtype(config.compute.dtype).itemsize if find_mixer(mixer).grows else 4)
                 for mixer, size in ((mixer, sizes[mixer]) for mixer in model.mixers)
             ),
         },

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.product import product
+from idattn.ops.einsum import einsum_f32
 from idattn.sharding import RULES, is_split, on_shards, spec
 
 
@@ -50,21 +50,22 @@ def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) ->
         x = x.reshape(count, *x.shape[2:])
         return jnp.pad(x, ((0, -count % chunk), *[(0, 0)] * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
 
-    def everywhere(x):
+    def sum_parts(x):
         return jax.lax.psum(x, axes) if axes else x
 
     @jax.checkpoint
     def add(total, tokens):
         x, target, weight = tokens
         # Cast inside, so that the head's gradient is summed over chunks in float32.
-        logits = product("nd,dv->nv", x, head, x.dtype)
+        logits = einsum_f32("nd,dv->nv", x, head, x.dtype)
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
         top = jax.lax.pmax(top, axes) if axes else top
-        normaliser = top + jnp.log(everywhere(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+        normaliser = top + jnp.log(sum_parts(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
         index = target - begin
-        own = jnp.take_along_axis(logits, jnp.clip(index, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
-        right = everywhere(jnp.where((index >= 0) & (index < head.shape[1]), own, 0))
-        return total + jnp.sum(weight * (normaliser - right)), None
+        is_here = (index >= 0) & (index < head.shape[1])
+        target_logit = jnp.take_along_axis(logits, jnp.clip(index, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
+        target_logit = sum_parts(jnp.where(is_here, target_logit, 0))
+        return total + jnp.sum(weight * (normaliser - target_logit)), None
 
     tokens = (split(hidden.reshape(*targets.shape, D)), split(targets), split(mask))
     return jax.lax.scan(add, jnp.zeros((), mask.dtype), tokens)[0][None, None]

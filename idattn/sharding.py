@@ -126,11 +126,21 @@ def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
 
 
 def param_specs(variables: nnx.State, *, stacked: bool = False) -> Any:
-    """The specs of a module's variables, in their structure; `stacked` ones have a leading axis of layers."""
+    """The specs of a module's variables, in their structure; `stacked` ones have a leading axis of layers.
+
+    Raises:
+      ValueError: a parameter does not name its axes.
+    """
     lead = ("L",) if stacked else ()
-    return jax.tree.map(
-        lambda v: spec(*lead, *v.get_metadata("dims")), variables, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
+
+    def spec_of(path, variable):
+        dims = variable.get_metadata().get("dims")
+        if dims is None:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"parameter {name} must name its axes for sharding: make it by idattn.nn.param.")
+        return spec(*lead, *dims)
+
+    return jax.tree.map_with_path(spec_of, variables, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:

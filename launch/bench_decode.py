@@ -29,7 +29,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from configs.paper import SCALES, get_config
-from idattn.config import MIXERS, ComputeConfig, ModelConfig, from_config_dict
+from idattn.choices import MIXERS, find_mixer
+from idattn.config import ComputeConfig, ModelConfig, from_config_dict
 from idattn.costs import decode_bytes
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
@@ -142,7 +143,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
         return
     row["seconds"] = step_seconds(decoder, batch_size, prefix)
     row["bound_seconds"] = least / bandwidth
-    room = room if MIXERS[mixer].softmax else 0  # which nothing else depends on
+    room = room if find_mixer(mixer).grows else 0  # which nothing else depends on
     row["prefill_bytes"] = prefill_bytes(decoder, batch_size, room)
     if FLAGS.whole:
         whole = make_decoder(model, prefix)

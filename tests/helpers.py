@@ -83,7 +83,7 @@ def random_case(
         scale = np.sqrt(0.5 / M) if c == "full" else np.sqrt(0.5)
         case |= {"c_re": scale * rng.normal(size=shape), "c_im": scale * rng.normal(size=shape)}
     if initial_state:
-        case["initial_state"] = 0.1 * rng.normal(size=(B, G, 2, M, R + E))
+        case["initial_state"] = 0.1 * rng.normal(size=(B, G, R + E, 2 * M))
     return case
 
 

@@ -2,7 +2,7 @@
 
 Nothing here is shared with idattn. A case is a mapping from names to real arrays (dimensions as in idattn.shapes):
 q, k, v (or z), log_delta (G,), a_log and a_imag (G, M), and where present c_re and c_im ((G, M, M) full,
-(G, M) diagonal, absent for the identity), c_out (H, M) and initial_state (B, G, 2, M, width). The cotangents come
+(G, M) diagonal, absent for the identity), c_out (H, M) and initial_state (B, G, width, 2M). The cotangents come
 under the same names.
 
 The cotangent of a complex number x is g = dL/dRe(x) + i dL/dIm(x), so that y = f(x), f holomorphic, gives
@@ -84,13 +84,18 @@ def _initial(case: Case, shape: tuple[int, ...]) -> np.ndarray:
     """The initial state as complex (B, G, M, width); zeros where the case has none."""
     if "initial_state" not in case:
         return np.zeros(shape, np.complex128)
-    planes = np.asarray(case["initial_state"], np.float64)
-    return planes[:, :, 0] + 1j * planes[:, :, 1]
+    return _complex(np.asarray(case["initial_state"], np.float64))
 
 
-def _planes(x: np.ndarray) -> np.ndarray:
-    """Complex (B, G, M, width) as the real planes (B, G, 2, M, width) of the public state."""
-    return np.stack([x.real, x.imag], axis=2)
+def _rows(x: np.ndarray) -> np.ndarray:
+    """Complex (B, G, M, width) as the rows (B, G, width, 2M) of the public state."""
+    return np.concatenate([x.real, x.imag], axis=2).swapaxes(2, 3)
+
+
+def _complex(rows: np.ndarray) -> np.ndarray:
+    """What `_rows` was given."""
+    re, im = np.split(rows.swapaxes(2, 3), 2, axis=2)
+    return re + 1j * im
 
 
 def _states(z: np.ndarray, case: Case, segment_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,16 +123,17 @@ def _states(z: np.ndarray, case: Case, segment_ids: np.ndarray) -> tuple[np.ndar
 def _states_adjoint(
     g_after: np.ndarray, g_final: np.ndarray, z: np.ndarray, before: np.ndarray, case: Case, segment_ids: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Transpose of _states: g_after (B, T, G, M, width) from the readouts, g_final planes of the last state.
+    """Transpose of _states: g_after (B, T, G, M, width) from the readouts, g_final (B, G, width, 2M) of the last state.
 
     Returns:
       the cotangent of z, and those of log_delta, a_log, a_imag and, where the case has one, initial_state.
     """
     lam, beta = discretize(case)
     g_z, g_lam, g_beta = np.zeros_like(z), np.zeros_like(lam), np.zeros_like(beta)
+    g_final = _complex(g_final)
     g_initial = np.empty_like(before[:, 0])
     for b in range(z.shape[0]):
-        g = g_final[b, :, 0] + 1j * g_final[b, :, 1]
+        g = g_final[b]
         for t, continues in reversed(_real_tokens(segment_ids[b])):
             g = g + g_after[b, t]
             g_z[b, t] = np.real(np.einsum("gm,gmw->gw", beta.conj(), g))
@@ -137,7 +143,7 @@ def _states_adjoint(
         g_initial[b] = g
     result = _discretize_adjoint(case, g_lam, g_beta)
     if "initial_state" in case:
-        result["initial_state"] = _planes(g_initial)
+        result["initial_state"] = _rows(g_initial)
     return g_z, result
 
 
@@ -154,7 +160,7 @@ def _per_query_head(x: np.ndarray, case: Case) -> np.ndarray:
 def forward(case: Case, readout: str, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Interdomain attention: outputs (B, T, H, E) and the final state (B, G, 2, M, R + E), float64."""
     o, after, *_ = _forward(case, readout, _ids(case["q"], segment_ids))
-    return o, _planes(after[:, -1])
+    return o, _rows(after[:, -1])
 
 
 def _forward(case: Case, readout: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -208,7 +214,7 @@ def linear_forward(case: Case, segment_ids: np.ndarray | None = None) -> tuple[n
     ids = _ids(case["z"], segment_ids)
     _, after = _states(_clean(case["z"], ids), case, ids)
     y = np.einsum("hm,hmn,bthnw->bthw", np.asarray(case["c_out"], np.float64), _dense_c(case), after).real
-    return _clean(y, ids), _planes(after[:, -1])
+    return _clean(y, ids), _rows(after[:, -1])
 
 
 def linear_cotangents(

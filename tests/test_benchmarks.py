@@ -1,5 +1,6 @@
 """The tools that measure the op: their figures on kernels that can be counted by hand, and their refusals."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from helpers import defined_flags, run_main
 from jax.experimental import pallas as pl
 
-from idattn.ops import api, chunkwise
+from idattn.ops import BACKENDS, chunkwise
 from launch import bench_ops, tpu_compiler, tpu_schedule
 
 
@@ -70,7 +71,8 @@ def test_the_benchmark_prints_nothing_for_what_is_wrong(tmp_path, capsys, monkey
         o, start = chunkwise.forward(*arguments)
         return o * 1.001, start
 
-    monkeypatch.setitem(api._RULES, "chunkwise", (wrong, chunkwise.backward))
+    backend = dataclasses.replace(chunkwise.BACKEND, rule=(wrong, chunkwise.backward))
+    monkeypatch.setitem(BACKENDS, "chunkwise", backend)
     with pytest.raises(SystemExit, match="chunkwise, K = 16: relative error .* exceeds"):
         run_bench(tmp_path, "--chunk_size=16")
     assert "chunkwise" not in capsys.readouterr().out

@@ -9,9 +9,8 @@ import pytest
 
 from configs import paper
 from configs import quickstart as quickstart_file
-from idattn.choices import check_choice
+from idattn.choices import MIXERS, check_choice
 from idattn.config import (
-    MIXERS,
     ComputeConfig,
     Config,
     DataConfig,

@@ -94,14 +94,14 @@ def test_segments_of_a_row_written_out():
     ids = np.array([[3, 3, -1, 3, 8, 8, -1]])
     lam, beta = oracles.discretize(case)
     z = case["z"][0, :, 0]
-    start = case["initial_state"][0, 0, 0] + 1j * case["initial_state"][0, 0, 1]
+    start = (case["initial_state"][0, 0, :, :2] + 1j * case["initial_state"][0, 0, :, 2:]).T
     lam, beta = lam[0][:, None], beta[0][:, None]
     x = [lam * start + beta * z[0]]
     x += [lam * x[0] + beta * z[1], None, beta * z[3], beta * z[4], lam * (beta * z[4]) + beta * z[5], None]
     y = [np.zeros(2) if state is None else (case["c_out"][0] @ state).real for state in x]
     actual, state = oracles.linear_forward(helpers.with_nan_padding(case, ids), ids)
     helpers.assert_close(actual[0, :, 0], np.stack(y), "float64")
-    helpers.assert_close(state[0, 0], np.stack([x[5].real, x[5].imag]), "float64")
+    helpers.assert_close(state[0, 0], np.concatenate([x[5].real, x[5].imag]).T, "float64")
 
 
 def test_initial_state_survives_nothing_but_padding():

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from configs.paper import get_config
-from idattn.config import CELLS, MIXERS, Config, from_config_dict
+from idattn.choices import CELLS, MIXERS
+from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, describe, forward_flops_per_token, state_size, training_flops_per_token
 
 # Table 3, and the two ends of the range that section 4 states at 125M.

@@ -23,18 +23,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from idattn.config import MIXERS, Config
+from idattn.config import Config
 from idattn.nn import LanguageModel, SSMMixer
 from idattn.ops import Basis
 from idattn.ops.chunks import lag_tables, make_tables
-from idattn.ops.discretize import discretize, output_matrices
+from idattn.ops.discretize import discretize, linear_readout_row
 
 
 class LayerBlur(NamedTuple):
     """What the G states of a layer remember over a context of T tokens."""
 
     layer: int  # from 0
-    mixer: str  # name of `idattn.config.MIXERS`
+    mixer: str  # name of `idattn.choices.MIXERS`
     weights: np.ndarray  # w(i, j), (G, T, T); of a linear readout h(i), (G, T)
     half_life: np.ndarray  # (G, M), as of `timescales`
     frequency: np.ndarray  # (G, M)
@@ -70,9 +70,8 @@ def blur_kernel(basis: Basis, length: int, readout: str = "transpose") -> jax.Ar
 @partial(jax.jit, static_argnames="length")
 def impulse_response(basis: Basis, c_out: jax.Array, length: int) -> jax.Array:
     """h(i), with which an input i tokens ago is in the output of a linear readout c_out (G, M); (G, length)."""
-    to_u, _ = output_matrices(basis, "transpose")
     lags, _ = lag_tables(basis, length)
-    return jnp.einsum("gm,gmo,glo->gl", c_out, to_u[:, : c_out.shape[1]], lags, precision="highest")
+    return jnp.einsum("gm,glm->gl", linear_readout_row(basis, c_out), lags, precision="highest")
 
 
 def resolution(weights: np.ndarray) -> Resolution:
@@ -127,7 +126,7 @@ def read_layers(config: Config, params: Any | None, length: int) -> list[LayerBl
         core = mixer.core
         graphdef, stacked = nnx.split(core.basis)
         basis = nnx.merge(graphdef, jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked))()
-        if MIXERS[name].query_readout:
+        if core.readout.by_query:
             weights = blur_kernel(basis, length, config.model.ssm.readout)
         else:
             weights = impulse_response(basis, core.c_out[repeat], length)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from idattn.config import CELLS, Config
+from idattn.choices import CELLS
+from idattn.config import Config
 
 # Model width, layers and training tokens of the scales that results are given for.
 _SCALES = {"125M": (768, 12, 2.5e9), "1.3B": (2048, 24, 26e9)}

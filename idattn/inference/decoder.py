@@ -22,14 +22,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from idattn.choices import check_choice
-from idattn.config import MIXERS
+from idattn.choices import check_choice, find_mixer
 from idattn.inference.sampling import Sampling, make_sampling, sample
-from idattn.nn import LanguageModel
-from idattn.nn.layers import MatrixParam
-from idattn.nn.lm import model_specs
-from idattn.nn.softmax import KVCache
-from idattn.ops.segments import PADDING, last_token
+from idattn.nn import LanguageModel, ModelState, model_specs
+from idattn.ops.segments import PADDING, find_segments
 from idattn.sharding import current_mesh, is_split, spec
 
 _SCORED_AT_ONCE = 64  # tokens of each row whose logits exist at a time
@@ -39,13 +35,13 @@ class Context(NamedTuple):
     """What rows have read so far; its size does not depend on how much, but for the caches of softmax layers.
 
     Attributes:
-      layers: states as of LanguageModel.init_state.
+      state: as of LanguageModel.init_state.
       hidden: (B, D) of the last token, in the compute dtype, from which the next one is predicted.
       seen: (B, V) bool, tokens that occurred.
       length: (B,) int32, how many there were.
     """
 
-    layers: Any
+    state: ModelState
     hidden: jax.Array
     seen: jax.Array
     length: jax.Array
@@ -85,13 +81,14 @@ class Decoder:
         self.config, self.chunk_size, self.block_size = model.config, chunk_size, block_size
         self.trained_length = trained_length
         self._state_dtype = state_dtype if state_dtype != "float32" else None  # float64 stays what it is
-        self._keeps_all = any(MIXERS[name].softmax for name in self.config.mixers)
+        self._grows = any(find_mixer(name).grows for name in self.config.mixers)
         self._graphdef, params = nnx.split(model)
         rows = spec("B")
         context = Context(model.state_specs(), rows, rows, rows)
 
         def cast(x: Any) -> Any:
-            return x.replace(x[...].astype(model.compute.dtype)) if isinstance(x, MatrixParam) else x
+            is_matrix = x.get_metadata().get("group") == "matrix"
+            return x.replace(x[...].astype(model.compute.dtype)) if is_matrix else x
 
         def prepare(params: nnx.State) -> Any:
             return nnx.to_pure_dict(jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, nnx.Variable)))
@@ -111,7 +108,7 @@ class Decoder:
 
     def start(self, batch_size: int, max_tokens: int = 0) -> Context:
         """The context before the first token; softmax layers have room for `max_tokens`, and get more when needed."""
-        return self._start(self.params, batch_size, max_tokens if self._keeps_all else 0)
+        return self._start(self.params, batch_size, max_tokens if self._grows else 0)
 
     def prefill(
         self,
@@ -173,7 +170,7 @@ class Decoder:
           sampling: settings of the rows, from `sampling`.
           num_tokens: at most `block_size`, which None stands for. Ends earlier when no row is active.
           active: (B,) bool, rows to write in; None for all.
-          stop_tokens: a row ends behind the first of these that it writes.
+          stop_tokens: a row ends after the first of these that it writes.
 
         Returns:
           tokens (B, num_tokens) int32, -1 where a row was not active; the context; active (B,), rows that did not end.
@@ -205,7 +202,7 @@ class Decoder:
 
     def resize(self, context: Context, max_tokens: int) -> Context:
         """The context with room for `max_tokens` in the caches of softmax layers; it is kept."""
-        return self._resize(context, max_tokens) if self._keeps_all else context
+        return self._resize(context, max_tokens) if self._grows else context
 
     def lower(self, batch_size: int, max_tokens: int = 0, *, device: jax.Device | None = None) -> dict[str, Any]:
         """The programs of `prefill` (a chunk of it) and `decode` (a block), to be compiled without running anything.
@@ -256,7 +253,7 @@ class Decoder:
 
     def _with_room(self, context: Context, more: int) -> Context:
         """The context with room for more tokens; says once where they exceed what softmax was trained on."""
-        if not self._keeps_all:
+        if not self._grows:
             return context
         longest = int(np.max(np.asarray(context.length))) + more
         if 0 < self.trained_length < longest:
@@ -267,7 +264,7 @@ class Decoder:
                 longest,
                 self.trained_length,
             )
-        room = min(x.k.shape[3] for x in context.layers if isinstance(x, KVCache))
+        room = min(n for memory in context.state.memories if (n := memory.capacity()) is not None)
         return context if longest <= room else self.resize(context, max(longest, 2 * room))
 
     def _chunks(self, tokens, lengths):
@@ -281,30 +278,31 @@ class Decoder:
 
     def _start_impl(self, params, batch_size, max_tokens):
         model = nnx.merge(self._graphdef, params)
-        layers = model.init_state(batch_size, max_tokens, state_dtype=self._state_dtype)
+        state = model.init_state(batch_size, max_tokens, state_dtype=self._state_dtype)
         hidden = jnp.zeros((batch_size, self.config.model_dim), model.compute.dtype)
         seen = jnp.zeros((batch_size, self.config.vocab_size), bool)
-        return Context(layers, hidden, seen, jnp.zeros(batch_size, jnp.int32))
+        return Context(state, hidden, seen, jnp.zeros(batch_size, jnp.int32))
 
     def _resize_impl(self, context, max_tokens):
-        return context._replace(layers=[x.resize(max_tokens) if isinstance(x, KVCache) else x for x in context.layers])
+        memories = [memory.resize(max_tokens) for memory in context.state.memories]
+        return context._replace(state=context.state._replace(memories=memories))
 
     def _take_impl(self, context, rows):
-        layers = jax.tree.map(lambda x: x[:, rows], context.layers)
-        return Context(layers, *(x[rows] for x in context[1:]))
+        memories = jax.tree.map(lambda x: x[:, rows], context.state.memories)
+        return Context(ModelState(memories, context.state.position[rows]), *(x[rows] for x in context[1:]))
 
     def _advance(self, params, context, tokens, segment_ids):
         """The hidden vectors (B, T, D) of tokens, and the context after them."""
         model = nnx.merge(self._graphdef, params)
-        hidden, layers = model.hidden(tokens, segment_ids=segment_ids, state=context.layers)
+        hidden, state = model.hidden(tokens, segment_ids=segment_ids, state=context.state)
         rows = jnp.arange(tokens.shape[0])
         if segment_ids is None:
             seen, length = context.seen.at[rows[:, None], tokens].set(True), context.length + tokens.shape[1]
-            return hidden, Context(layers, hidden[:, -1], seen, length)
-        last, is_token = last_token(segment_ids), segment_ids != PADDING
+            return hidden, Context(state, hidden[:, -1], seen, length)
+        last, is_token = find_segments(segment_ids).last, segment_ids != PADDING
         final = jnp.where((last >= 0)[:, None], hidden[rows, last], context.hidden)
         seen = context.seen.at[rows[:, None], tokens].max(is_token)
-        return hidden, Context(layers, final, seen, context.length + jnp.sum(is_token, axis=1, dtype=jnp.int32))
+        return hidden, Context(state, final, seen, context.length + jnp.sum(is_token, axis=1, dtype=jnp.int32))
 
     def _read_impl(self, params, context, tokens, segment_ids):
         return self._advance(params, context, tokens, segment_ids)[1]
@@ -315,14 +313,14 @@ class Decoder:
         B, T = tokens.shape
         parts = T // math.gcd(T, _SCORED_AT_ONCE)
 
-        def some(inputs):
+        def score_part(inputs):
             hidden, tokens = inputs
             log_probs = jax.nn.log_softmax(self._logits(params, hidden), axis=-1)
-            own = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-            return own, own >= jnp.max(log_probs, axis=-1)
+            token_log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+            return token_log_probs, token_log_probs >= jnp.max(log_probs, axis=-1)
 
         split = (jnp.moveaxis(x.reshape(B, parts, -1, *x.shape[2:]), 1, 0) for x in (previous, tokens))
-        log_probs, is_best = (jnp.moveaxis(x, 0, 1).reshape(B, T) for x in jax.lax.map(some, tuple(split)))
+        log_probs, is_best = (jnp.moveaxis(x, 0, 1).reshape(B, T) for x in jax.lax.map(score_part, tuple(split)))
         counts = (segment_ids != PADDING) & ((context.length[:, None] > 0) | (jnp.arange(T) > 0))
         return jnp.where(counts, log_probs, 0), is_best & counts, after
 
@@ -345,10 +343,10 @@ class Decoder:
             return i + 1, context, active & ~jnp.isin(tokens, stop_tokens), written
 
         model = nnx.merge(self._graphdef, params)
-        context = context._replace(layers=model.open_block(context.layers, self.block_size))
+        context = context._replace(state=model.open_block(context.state, self.block_size))
         written = jnp.full((active.shape[0], self.block_size), PADDING, jnp.int32)
         _, context, active, written = jax.lax.while_loop(unfinished, write, (0, context, active, written))
-        return written, context._replace(layers=model.close_block(context.layers)), active
+        return written, context._replace(state=model.close_block(context.state)), active
 
 
 def _jit(function: Any, out_specs: Any, **options: Any) -> Any:

@@ -1,24 +1,30 @@
 """The decoder: a Llama-style backbone around any pattern of token mixers, its layers stacked and scanned."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from idattn.config import MIXERS, ComputeConfig, ModelConfig
-from idattn.nn.ideal import IdealAttention
-from idattn.nn.layers import Linear, MatrixParam, RMSNorm
-from idattn.nn.softmax import SoftmaxAttention
-from idattn.nn.ssm import SSMMixer
-from idattn.sharding import constrain, gathered, param_specs
+from idattn.choices import find_mixer
+from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn.documents import Documents, find_documents
+from idattn.nn.layers import Linear, RMSNorm, param
+from idattn.sharding import constrain, gathered, param_specs, spec
 
-_KEPT = {  # for the backward pass, see `idattn.config.REMAT`
+_POLICIES = {  # for the backward pass, see `idattn.config.REMAT`
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mixer": jax.checkpoint_policies.save_only_these_names("mixer"),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class ModelState(NamedTuple):
+    """What a model remembers of the tokens before."""
+
+    memories: list[Any]  # for each mixer of the pattern, the `idattn.nn.Memory` of the stack of its repetitions
+    position: jax.Array  # (B,) int32, of the next token in its document
 
 
 class SwiGLU(nnx.Module):
@@ -41,27 +47,14 @@ class Block(nnx.Module):
         residual_std = config.init_std / math.sqrt(2 * config.num_layers)
         self.mixer_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.mlp_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
-        kind = MIXERS[mixer]
-        if kind.softmax:
-            self.mixer = SoftmaxAttention(config, residual_std=residual_std, rngs=rngs)
-        elif kind.ideal:
-            self.mixer = IdealAttention(
-                config.model_dim,
-                config.num_heads,
-                num_modes=config.ssm.num_modes,
-                ideal=config.ideal,
-                init_std=config.init_std,
-                residual_std=residual_std,
-                rngs=rngs,
-            )
-        else:
-            self.mixer = SSMMixer(config, kind, residual_std=residual_std, compute=compute, rngs=rngs)
+        mixer_class = find_mixer(mixer)
+        self.mixer = mixer_class(config, residual_std=residual_std, compute=compute, rngs=rngs)
         self.mlp = SwiGLU(config, residual_std=residual_std, rngs=rngs)
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
-        mixed, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, state=state)
+    def __call__(self, x: jax.Array, documents: Documents, memory: Any) -> tuple[jax.Array, Any]:
+        mixed, memory = self.mixer.mix(self.mixer_norm(x), documents, memory)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), memory
 
 
 class Group(nnx.Module):
@@ -76,13 +69,13 @@ class Group(nnx.Module):
     def blocks(self) -> list[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.size)]
 
-    def __call__(self, x, segment_ids, states):
-        new_states = []
+    def __call__(self, x, documents, memories):
+        changed = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
-                x, state = block(x, segment_ids, None if states is None else states[i])
-            new_states.append(state)
-        return x, new_states
+                x, memory = block(x, documents, None if memories is None else memories[i])
+            changed.append(memory)
+        return x, changed
 
 
 class LanguageModel(nnx.Module):
@@ -96,9 +89,8 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
-        self.embedding = MatrixParam(
-            config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim)), dims=("V", "D")
-        )
+        embedding = config.init_std * jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim))
+        self.embedding = param(embedding, "V", "D", group="matrix")
 
         @nnx.split_rngs(splits=self.repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -110,66 +102,69 @@ class LanguageModel(nnx.Module):
         self.head = Linear(config.model_dim, config.vocab_size, ("D", "V"), std=config.init_std, rngs=rngs)
 
     def hidden(
-        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: ModelState | None = None
+    ) -> tuple[jax.Array, ModelState | None]:
         """The normalised last hidden vectors (B, T, D) in the compute dtype, and the state if one was given.
 
         Args:
           tokens: (B, T) integers in [0, vocab_size).
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
-          state: from `init_state` or an earlier call, to go on from there; None to start anew and keep none.
+          state: as returned by `init_state` or an earlier call, to resume from there; None to start anew.
         """
         embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
         # Its gradient is whole before it is split: else the partitioner gathers what all tokens add to it.
         embedding = constrain(embedding, "V", None)
         x = constrain(embedding[tokens], "B", "T", None)
+        start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
+        documents, end = find_documents(segment_ids, start, tokens.shape)
         graphdef, params = nnx.split(self.groups)
 
-        def apply(carried, params_and_layer):
-            (x, states), (params, layer) = carried, params_and_layer
-            picked = None if states is None else [s.pick(layer) for s in states]
-            x, new_states = nnx.merge(graphdef, params)(x, segment_ids, picked)
-            if states is not None:
-                states = [s.put(layer, new) for s, new in zip(states, new_states, strict=True)]
-            return (x, states), None
+        def apply(carry, params_and_layer):
+            (x, memories), (params, layer) = carry, params_and_layer
+            picked = None if memories is None else [memory.pick(layer) for memory in memories]
+            x, changed = nnx.merge(graphdef, params)(x, documents, picked)
+            if memories is not None:
+                memories = [memory.put(layer, new) for memory, new in zip(memories, changed, strict=True)]
+            return (x, memories), None
 
         if self.compute.remat != "none":
-            apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT[self.compute.remat])
-        # States are carried rather than scanned over, so that every layer changes its own in place.
-        (x, state), _ = jax.lax.scan(apply, (x, state), (params, jnp.arange(self.repeats)))
-        return self.final_norm(x), state
+            apply = jax.checkpoint(apply, prevent_cse=False, policy=_POLICIES[self.compute.remat])
+        # Memories are carried rather than scanned over, so that every layer changes its part in place.
+        memories = None if state is None else state.memories
+        (x, memories), _ = jax.lax.scan(apply, (x, memories), (params, jnp.arange(self.repeats)))
+        return self.final_norm(x), None if memories is None else ModelState(memories, end)
 
     def __call__(
-        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: ModelState | None = None
+    ) -> tuple[jax.Array, ModelState | None]:
         """The logits (B, T, V) in float32 of every next token, and the state; arguments as in `hidden`."""
         x, state = self.hidden(tokens, segment_ids=segment_ids, state=state)
         return self.head(x).astype(jnp.promote_types(x.dtype, jnp.float32)), state
 
-    def init_state(self, batch_size: int, max_tokens: int, *, state_dtype: str | None = None) -> Any:
+    def init_state(self, batch_size: int, max_tokens: int, *, state_dtype: str | None = None) -> ModelState:
         """The state before the first token of `batch_size` rows.
 
         Args:
           batch_size: B.
-          max_tokens: that softmax layers have room for.
-          state_dtype: what SSM states are kept in between calls; None for float32 or better.
+          max_tokens: that memories which grow have room for.
+          state_dtype: what states of fixed size are kept in between calls; None for float32 or better.
         """
         dtype = jnp.dtype(self.compute.dtype)
-        states = [b.mixer.init_state(batch_size, max_tokens, dtype, state_dtype) for b in self.groups.blocks]
-        return [state.stack(self.repeats) for state in states]
+        memories = [b.mixer.init_memory(batch_size, max_tokens, dtype, state_dtype) for b in self.groups.blocks]
+        return ModelState([memory.stack(self.repeats) for memory in memories], jnp.zeros(batch_size, jnp.int32))
 
-    def state_specs(self) -> Any:
+    def state_specs(self) -> ModelState:
         """How such a state is split: PartitionSpecs in its structure."""
-        return [b.mixer.state_specs("L") for b in self.groups.blocks]
+        return ModelState([b.mixer.memory_specs("L") for b in self.groups.blocks], spec("B"))
 
-    def open_block(self, state: Any, size: int) -> Any:
+    def open_block(self, state: ModelState, size: int) -> ModelState:
         """A state as of a block of up to `size` tokens, to be read one by one; see `idattn.ops.blockwise`."""
-        blocks = zip(self.groups.blocks, state, strict=True)
-        return [block.mixer.open_block(stack, size, self.compute.dtype) for block, stack in blocks]
+        blocks = zip(self.groups.blocks, state.memories, strict=True)
+        return state._replace(memories=[b.mixer.open_block(stack, size, self.compute.dtype) for b, stack in blocks])
 
-    def close_block(self, state: Any) -> Any:
+    def close_block(self, state: ModelState) -> ModelState:
         """The state after the tokens of a block."""
-        return [stack.close() for stack in state]
+        return state._replace(memories=[stack.close() for stack in state.memories])
 
     @property
     def repeats(self) -> int:

@@ -1,17 +1,10 @@
-"""The token mixers that keep a fixed-size state: Interdomain Attention and the cells of the paper's ablation.
+"""Token mixers that keep a state of fixed size a head: what prepares its inputs, how it evolves, where it is kept.
 
-Two questions span the ablation (section 4). What does the state read: features of keys with values, [xi(k), v], or
-two generic inputs, [a, b]? And how is it read: by queries (eq. 13) or by a learned linear readout?
-
-    mixer          input of the state   readout   RoPE on
-    interdomain    [xi(k), v]           queries   q, k
-    single_query   [a, b]               queries   q, a
-    dual_linear    [xi(k), v]           linear    k
-    s4d            [a, b]               linear    - (s4d_rope: a)
+Two questions span the paper's ablation (section 4). What does the state read: features of keys with values, [xi(k), v],
+or two generic inputs, [a, b]? And how is it read (`idattn.nn.readout`)? `idattn.nn.interdomain` names the combinations.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,57 +12,40 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from idattn import ops
-from idattn.config import MIXERS, ComputeConfig, MixerKind, ModelConfig, SSMConfig
-from idattn.nn import carry
-from idattn.nn.layers import HeadNorm, Linear, ShortConv, SSMParam, StateBasis, feature_map, rotate_positions
+from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn.documents import Documents, at_last_token, exclusive_scan, halo, where_continued
+from idattn.nn.layers import HeadNorm, Linear, ShortConv, StateBasis, feature_map, param, rotate_positions
+from idattn.nn.mixer import Memory, Mixer
+from idattn.nn.readout import Readout
 from idattn.ops import blockwise
-from idattn.ops.discretize import multiply
-from idattn.ops.segments import document_positions
+from idattn.ops.chunks import decay_state
+from idattn.ops.planes import complex_multiply
 from idattn.sharding import is_split, on_shards, param_specs, spec
 
 
-class SSMState(NamedTuple):
-    """What an SSM mixer carries from token to token; its size does not depend on how many came before."""
+class SSMMemory(Memory):
+    """The states of a layer, and the inputs that its convolutions still need."""
 
-    state: jax.Array  # (B, G, R + E, 2M), see `blockwise.to_rows`; of the ideal mixer (B, H, M, R + E)
+    state: jax.Array  # (B, G, R + E, 2M)
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
-    position: jax.Array  # (B,) int32, of the next token in its document
-
-    def stack(self, layers: int) -> "SSMState":
-        """As many layers behind one another, all with this state."""
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), self)
-
-    def pick(self, layer: jax.Array) -> "SSMState":
-        """The state of a layer of the stack."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
-
-    def put(self, layer: jax.Array, new: "SSMState") -> "SSMState":
-        """The stack with another state of a layer, in the dtype that the stack is kept in."""
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, axis=0), self, new
-        )
-
-    def close(self) -> "SSMState":
-        """Itself, for a mixer whose every token of a block changes the state."""
-        return self
 
 
-class BlockState(NamedTuple):
-    """What an SSM mixer carries inside a block of tokens (`idattn.ops.blockwise`): the state before it is only read."""
+class SSMBlockMemory(Memory):
+    """The same inside a block of tokens (`idattn.ops.blockwise`): the states before the block are only read."""
 
-    states: jax.Array  # (layers, B, G, R + E, 2M), of the whole stack
-    conv_tails: dict[str, jax.Array]  # this and the next two as in SSMState, of one layer or a stack
-    position: jax.Array
-    block: blockwise.Block
-    layer: jax.Array | None = None  # () int32, whose turn it is; None for the stack
+    states: jax.Array  # (L, B, G, R + E, 2M), of the whole stack
+    conv_tails: dict[str, jax.Array]  # as in SSMMemory, of one layer or of a stack
+    block: blockwise.Block  # likewise
+    layer: jax.Array | None = None  # () int32, the layer that was picked; None for the stack
 
-    def pick(self, layer: jax.Array) -> "BlockState":
+    def pick(self, layer: jax.Array) -> "SSMBlockMemory":
         """A layer of the stack."""
-        own = (self.conv_tails, self.position, self.block)
-        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), own)
-        return BlockState(self.states, *own, layer)
+        tails, block = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (self.conv_tails, self.block)
+        )
+        return SSMBlockMemory(self.states, tails, block, layer)
 
-    def put(self, layer: jax.Array, new: "BlockState") -> "BlockState":
+    def put(self, layer: jax.Array, new: "SSMBlockMemory") -> "SSMBlockMemory":
         """The stack with what a token has changed of a layer."""
 
         def write(x, y):
@@ -79,10 +55,11 @@ class BlockState(NamedTuple):
         newest = jax.lax.dynamic_slice_in_dim(new.block.tokens, new.block.count - 1, 1, axis=1)
         where = (layer, 0, new.block.count - 1, 0, 0)
         tokens = jax.lax.dynamic_update_slice(self.block.tokens, newest[None], where)
-        block = self.block._replace(tokens=tokens, count=write(self.block.count, new.block.count))
-        return BlockState(self.states, tails, write(self.position, new.position), block)
+        return SSMBlockMemory(
+            self.states, tails, self.block._replace(tokens=tokens, count=write(self.block.count, new.block.count))
+        )
 
-    def close(self) -> SSMState:
+    def close(self) -> SSMMemory:
         """The stack's states after the block."""
 
         def close(states, layer):
@@ -91,22 +68,26 @@ class BlockState(NamedTuple):
             return jax.lax.dynamic_update_index_in_dim(states, state, layer, axis=0), None
 
         states, _ = jax.lax.scan(close, self.states, jnp.arange(self.states.shape[0]))
-        return SSMState(states, self.conv_tails, self.position)
+        return SSMMemory(states, self.conv_tails)
 
 
 class SSMCore(nnx.Module):
-    """What lies between a mixer's projections: convolutions, norms, features, the op; for any heads of it.
+    """What lies between a mixer's projections: convolutions, norms, features, state, readout; for any heads of it.
 
     Args:
       config: the options of the state.
-      kind: the cell of the ablation.
+      mixer: the class whose `feature_map`, `rope` and `readout` it follows.
+      rope: rotary positions on the queries and on the first input of the state.
       compute: backend, chunk size.
-      **parts: `first_conv`, `first_norm`, `second_norm`, `basis`, and as the cell has them `second_conv`, `query_conv`,
+      **parts: `key_conv`, `key_norm`, `value_norm`, `basis`, and as the mixer has them `value_conv`, `query_conv`,
         `c_out`.
     """
 
-    def __init__(self, config: ModelConfig, kind: MixerKind, *, compute: ComputeConfig, **parts: Any):
-        self.config, self.kind, self.compute = config, kind, compute
+    def __init__(
+        self, config: ModelConfig, mixer: "type[SSMMixer]", *, rope: bool, compute: ComputeConfig, **parts: Any
+    ):
+        self.config, self.compute, self.rope = config, compute, rope
+        self.feature_map, self.readout = mixer.feature_map, mixer.readout
         self.conv_names = tuple(name.removesuffix("_conv") for name in parts if name.endswith("_conv"))
         for name, part in parts.items():
             setattr(self, name, part)
@@ -114,108 +95,91 @@ class SSMCore(nnx.Module):
     def __call__(
         self,
         projected: dict[str, jax.Array],
-        segment_ids: jax.Array | None,
-        state: SSMState | BlockState | None,
+        documents: Documents,
+        memory: SSMMemory | SSMBlockMemory | None,
         axis: str | None = None,
-    ) -> tuple[jax.Array, SSMState | BlockState]:
-        """The heads' outputs (B, T, channels), and the state after the tokens.
+    ) -> tuple[jax.Array, SSMMemory | SSMBlockMemory]:
+        """The heads' outputs (B, T, channels), and the memory after the tokens.
 
         Args:
-          projected: name of the projection -> (B, T, channels).
-          segment_ids, state: as in `SSMMixer`.
-          axis: the mesh axis that the tokens are split over, or None; then `state` is what the sequence goes on from.
+          projected: name of the projection ("key", "value", "query") -> (B, T, channels).
+          documents, memory: as in `Mixer.mix`.
+          axis: the mesh axis that the tokens are split over, or None; then `memory` is what the sequence starts from.
         """
-        B, T, _ = projected["first"].shape
-        one_token = state is not None and T == 1 and segment_ids is None and axis is None
-        same = carry.continues(segment_ids, axis)
-        tails = {}
+        B, T, _ = projected["key"].shape
+        projected, tails = self._convolve(projected, documents, memory, axis)
+        heads = {name: y.reshape(B, T, -1, self.config.head_dim) for name, y in projected.items()}
+        k = self._features(heads["key"], documents.positions, mapped=self.feature_map)  # eq. 10
+        k, v = self.key_norm(k), self.value_norm(heads["value"])  # eq. 12
+        q = self._features(heads["query"], documents.positions, mapped=True) if self.readout.by_query else None
+        o, memory = self._attend(q, k, v, tails, documents, memory, axis)  # eq. 11, 13
+        return checkpoint_name(o.reshape(B, T, -1), "mixer"), memory
 
-        def convolve(name):
+    def _convolve(self, projected, documents, memory, axis):
+        """The projections, convolved where the mixer does that, and the tails that the next tokens need."""
+        convolved, tails = dict(projected), {}
+        for name in self.conv_names:
             y, conv = projected[name], getattr(self, f"{name}_conv")
-            tail = None if state is None else state.conv_tails[name]
+            tail = None if memory is None else memory.conv_tails[name]
             if axis is not None:
-                tail = carry.neighbour(conv.next_tail(y, None, segment_ids), tail, same, axis)
-            y, tails[name] = conv(y, tail, segment_ids)
-            return self._heads(y)
+                tail = halo(conv.next_tail(y, None, documents.segments), tail, documents, axis)
+            convolved[name], tails[name] = conv(y, tail, documents.segments)
+        return convolved, tails
 
-        start = jnp.zeros(B, jnp.int32) if state is None else state.position
-        start = carry.positions(segment_ids, T, start, axis)
-        if segment_ids is None:
-            positions, end = start[:, None] + jnp.arange(T, dtype=jnp.int32), start + T
-        else:
-            positions, end = document_positions(segment_ids, start)
-        second = self._heads(projected["second"]) if self.kind.feature_map else convolve("second")
-        k = self.first_norm(self._features(convolve("first"), positions, self.kind.feature_map))
-        v = self.second_norm(second)
-
-        ssm, basis = self.config.ssm, self.basis()
-        q = self._features(convolve("query"), positions, True) if self.kind.query_readout else None
-        if isinstance(state, BlockState):
-            block = blockwise.add(state.block, jnp.concatenate([k, v], axis=-1)[:, 0])
-            if q is not None:
-                o = blockwise.interdomain(q[:, 0], basis, state.states, state.layer, block, readout=ssm.readout)
-            else:
-                o = blockwise.linear(basis, self.c_out[...], state.states, state.layer, block)
-            return o.astype(k.dtype).reshape(B, T, -1), BlockState(state.states, tails, end, block, state.layer)
-        ssm_state = None if state is None else blockwise.to_planes(state.state)
-        if axis is not None:
-            decay, own = ops.transfer((k, v), basis, segment_ids=segment_ids, chunk_size=self.compute.chunk_size)
-            ssm_state = jnp.zeros_like(own) if ssm_state is None else ssm_state
-            if same is not None:
-                same = same.reshape(-1, 1, 1, 1, 1)
-                decay = jnp.where(same, decay, 0)
-            ssm_state = carry.arriving(decay, own, ssm_state, axis, product=partial(multiply, axis=-3))
-            ssm_state = ssm_state if same is None else jnp.where(same, ssm_state, 0)
-        options: dict[str, Any] = dict(segment_ids=segment_ids, return_state=True)
-        options |= dict(backend=self.compute.backend, chunk_size=self.compute.chunk_size)
-        if q is not None:
-            if one_token:
-                o, ssm_state = ops.step(q[:, 0], k[:, 0], v[:, 0], basis, ssm_state, readout=ssm.readout)
-            else:
-                o, ssm_state = ops.interdomain_attention(
-                    q, k, v, basis, initial_state=ssm_state, readout=ssm.readout, **options
-                )
-        else:
-            z = jnp.concatenate([k, v], axis=-1)
-            if one_token:
-                o, ssm_state = ops.linear_step(z[:, 0], basis, self.c_out[...], ssm_state)
-            else:
-                o, ssm_state = ops.linear_readout(z, basis, self.c_out[...], initial_state=ssm_state, **options)
-        state = carry.at_the_end(SSMState(blockwise.to_rows(ssm_state), tails, end), segment_ids, axis)
-        return checkpoint_name(o.reshape(B, T, -1), "mixer"), state
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
-
-    def _features(self, x: jax.Array, positions: jax.Array, mapped: bool) -> jax.Array:
+    def _features(self, x: jax.Array, positions: jax.Array, *, mapped: bool) -> jax.Array:
         """Heads with rotary positions and, if `mapped`, the feature map xi, in the configured order."""
         after = mapped and self.config.ssm.rope_position == "after"
         if after:
             x = feature_map(x)
-        if self.kind.rope:
+        if self.rope:
             x = rotate_positions(x, positions, self.config.rope_base)
         return feature_map(x) if mapped and not after else x
 
+    def _attend(self, q, k, v, tails, documents: Documents, memory, axis):
+        """The state's evolution (eq. 11) and readout (eq. 13): in a block, in a sequence or in a shard of one."""
+        basis, ssm = self.basis(), self.config.ssm
+        c_out = None if self.readout.by_query else self.c_out[...]
+        if isinstance(memory, SSMBlockMemory):
+            block = blockwise.add_token(memory.block, jnp.concatenate([k, v], axis=-1)[:, 0])
+            q = None if q is None else q[:, 0]
+            o = self.readout.attend_in_block(q, basis, c_out, memory.states, memory.layer, block, ssm)
+            return o.astype(k.dtype), memory.replace(conv_tails=tails, block=block)
+        state = None if memory is None else memory.state
+        if axis is not None:
+            state = self._arriving_state(k, v, basis, documents, state, axis)
+        o, state = self.readout.attend(q, k, v, basis, c_out, state, documents.segments, ssm, self.compute)
+        return o, at_last_token(SSMMemory(state, tails), documents, axis)
 
-class SSMMixer(nnx.Module):
-    """x (B, T, D) -> (B, T, D) through one state for each head; see the module's docstring for the variants.
+    def _arriving_state(self, k, v, basis, documents: Documents, state, axis: str):
+        """The state at the start of a shard, of the document that continues there."""
+        segments, size = documents.segments, self.compute.chunk_size
+        decay, increment = ops.transfer((k, v), basis, segment_ids=segments, chunk_size=size)
+        first = jnp.zeros_like(increment) if state is None else state.astype(increment.dtype)
+        decay = where_continued(documents, decay)
+        state = exclusive_scan(decay, increment, first, axis, apply=decay_state, compose=complex_multiply)
+        return where_continued(documents, state)
 
-    Args:
-      config: widths and the options of the state.
-      kind: the cell of the ablation.
-      residual_std: standard deviation of the output projection at the start.
-      compute: backend, chunk size.
-      rngs: the stream `params` is used.
+
+class SSMMixer(Mixer):
+    """x (B, T, D) -> (B, T, D) through one state for each head; a subclass says which cell of the ablation it is.
+
+    Attributes:
+      feature_map: the state reads [xi(k), v] rather than two generic inputs [a, b], which are then "key" and "value".
+      readout: how the state is read.
+      rope: rotary positions on the queries and on the first input of the state.
     """
 
-    def __init__(
-        self, config: ModelConfig, kind: MixerKind, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs
-    ):
-        D, G, R = config.model_dim, config.num_kv_heads, config.head_dim
-        ssm = config.ssm
-        if not kind.query_readout and ssm.heads_per_kv > 1:
-            raise ValueError(f"heads_per_kv={ssm.heads_per_kv} needs a readout by queries: a linear one has none.")
+    feature_map: ClassVar[bool]
+    readout: ClassVar[Readout]
+    rope: ClassVar[bool]
+
+    def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
+        self._build(config, self.rope, residual_std, compute, rngs)
+
+    def _build(self, config: ModelConfig, rope: bool, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.check(config)
         self.config = config
+        D, G, R, ssm = config.model_dim, config.num_kv_heads, config.head_dim, config.ssm
 
         def projection(width, dim):
             return Linear(D, width, ("D", dim), std=config.init_std, rngs=rngs)
@@ -223,118 +187,93 @@ class SSMMixer(nnx.Module):
         def norm():
             return HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
 
-        parts = {}
-        self.first = projection(G * R, "G")  # k, or a
-        parts["first_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
-        self.second = projection(G * R, "G")  # v, or b
-        if not kind.feature_map:
-            parts["second_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
-        parts |= {"first_norm": norm(), "second_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
-        if kind.query_readout:
+        # In this order, since each takes its random numbers from the same stream.
+        parts: dict[str, Any] = {}
+        self.key = projection(G * R, "G")  # k, or a
+        parts["key_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+        self.value = projection(G * R, "G")  # v, or b
+        if not self.feature_map:
+            parts["value_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+        parts |= {"key_norm": norm(), "value_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
+        if self.readout.by_query:
             self.query = projection(D, "H")
             parts["query_conv"] = ShortConv(D, ssm.conv_width, "H", rngs=rngs)
-            width = D
         else:
-            std = ssm.num_modes**-0.5
-            parts["c_out"] = SSMParam(std * jax.random.normal(rngs.params(), (G, ssm.num_modes)), dims=("G", "M"))
-            width = 2 * D
-        self.core = SSMCore(config, kind, compute=compute, **parts)
+            c_out = ssm.num_modes**-0.5 * jax.random.normal(rngs.params(), (G, ssm.num_modes))
+            parts["c_out"] = param(c_out, "G", "M", group="ssm")
+        self.core = SSMCore(config, type(self), rope=rope, compute=compute, **parts)
+        width = self.readout.output_width(config)
         self.gate = projection(width, "H") if ssm.output_gate else None
         self.output = Linear(width, D, ("H", "D"), std=residual_std, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: SSMState | None = None
-    ) -> tuple[jax.Array, SSMState]:
-        """The mixed tokens (B, T, D), and the state after them.
-
-        Args:
-          x: (B, T, D) in the dtype to compute in.
-          segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
-          state: what an earlier call returned, to go on from there; None to start anew.
-        """
+    def mix(self, x: jax.Array, documents: Documents, memory: Any) -> tuple[jax.Array, Any]:
         projected = {name: getattr(self, name)(x) for name in self._widths()}
         graphdef, params = nnx.split(self.core)
 
-        def core(params, projected, segment_ids, state):
+        def core(params, projected, documents, memory):
             axis = "sequence" if is_split("T") else None
-            return nnx.merge(graphdef, params)(projected, segment_ids, state, axis)
+            return nnx.merge(graphdef, params)(projected, documents, memory, axis)
 
-        tokens, heads = spec("B", "T"), spec("B", "T", "H")
-        states = self.state_specs()
-        if isinstance(state, BlockState):
+        heads, memories = spec("B", "T", "H"), self.memory_specs()
+        if isinstance(memory, SSMBlockMemory):
             block = blockwise.Block(spec("B", None, "G"), spec(None, "G"), spec(None, "G"), spec())
-            states = BlockState(spec("L", "B", "G"), *states[1:], block, spec())
-        in_specs = (param_specs(params), dict.fromkeys(projected, heads))
-        in_specs += (None if segment_ids is None else tokens, None if state is None else states)
-        o, state = on_shards(core, in_specs, (heads, states))(params, projected, segment_ids, state)
+            memories = SSMBlockMemory(spec("L", "B", "G"), memories.conv_tails, block, spec())
+        in_specs = (param_specs(params), dict.fromkeys(projected, heads), documents.specs())
+        in_specs += (None if memory is None else memories,)
+        o, memory = on_shards(core, in_specs, (heads, memories))(params, projected, documents, memory)
         if self.gate is not None:
             o = jax.nn.silu(self.gate(x)) * o
-        return self.output(o), state
+        return self.output(o), memory
 
-    def init_state(
+    def init_memory(
         self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
-    ) -> SSMState:
-        """The state before the first token, for `batch_size` rows computed in `dtype`; `max_tokens` does not matter.
-
-        `state_dtype` is what the state itself is kept in between calls, None for float32 or better.
-        """
+    ) -> SSMMemory:
         G, R, M = self.config.num_kv_heads, self.config.head_dim, self.config.ssm.num_modes
         before, widths = self.config.ssm.conv_width - 1, self._widths()
         tails = {name: jnp.zeros((batch_size, before, widths[name]), dtype) for name in self.core.conv_names}
         state = jnp.zeros((batch_size, G, 2 * R, 2 * M), state_dtype or jnp.promote_types(dtype, jnp.float32))
-        return SSMState(state, tails, jnp.zeros(batch_size, jnp.int32))
+        return SSMMemory(state, tails)
 
-    def state_specs(self, *lead: str) -> SSMState:
-        """How a state is split, behind the axes `lead` of a stack."""
+    def memory_specs(self, *lead: str) -> SSMMemory:
         tails = {name: spec(*lead, "B", None, "G") for name in self.core.conv_names}
-        return SSMState(spec(*lead, "B", "G"), tails, spec(*lead, "B"))
+        return SSMMemory(spec(*lead, "B", "G"), tails)
 
-    def open_block(self, stack: SSMState, size: int, dtype: jnp.dtype) -> BlockState:
-        """The states of a stack of layers, as this is one, as of a block of up to `size` tokens in `dtype`."""
+    def open_block(self, stack: SSMMemory, size: int, dtype: jnp.dtype) -> SSMBlockMemory:
         _, B, _, width, _ = stack.state.shape
         graphdef, params = nnx.split(self.core.basis)
         blocks = jax.vmap(lambda x: blockwise.open_block(nnx.merge(graphdef, x)(), B, size, width, dtype))(params)
-        return BlockState(*stack, blocks)
+        return SSMBlockMemory(stack.state, stack.conv_tails, blocks)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, context: int) -> int:
+        D, G, R, M, ssm = config.model_dim, config.num_kv_heads, config.head_dim, config.ssm.num_modes, config.ssm
+        width, queries = cls.readout.output_width(config), D if cls.readout.by_query else 0
+        narrow = G * R  # of the inputs of the state
+        projections = 2 * D * (2 * narrow + width + queries + (width if ssm.output_gate else 0))
+        convolved = narrow * (1 if cls.feature_map else 2) + queries
+        # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
+        return projections + 2 * ssm.conv_width * convolved + G * 10 * M * 2 * R + cls.readout.flops(config)
+
+    @classmethod
+    def state_size(cls, config: ModelConfig, context: int) -> int:
+        return config.num_kv_heads * 2 * config.ssm.num_modes * 2 * config.head_dim
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise a ValueError where rotary positions or a linear readout do not fit the heads."""
+        check_rope(config, cls.rope)
+        if not cls.readout.by_query and config.ssm.heads_per_kv > 1:
+            raise ValueError(
+                f"heads_per_kv={config.ssm.heads_per_kv} needs a readout by queries: a linear one has none."
+            )
 
     def _widths(self) -> dict[str, int]:
         """The channels of every projection that the core reads, also where layers are stacked."""
-        names = ("first", "second", "query") if hasattr(self, "query") else ("first", "second")
+        names = ("key", "value", "query") if self.readout.by_query else ("key", "value")
         return {name: getattr(self, name).weight.shape[-1] for name in names}
 
 
-class InterdomainAttention(SSMMixer):
-    """The paper's layer by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
-
-    Args:
-      model_dim: D.
-      num_heads: H, a divisor of D; heads are D / H wide.
-      rngs: the stream `params` is used.
-      rope: rotary positions on queries and keys.
-      compute: backend and chunk size; the dtype is that of the input.
-      **ssm: fields of `idattn.config.SSMConfig`: num_modes, readout, heads_per_kv, output_gate, ...
-
-    Raises:
-      ValueError: sizes do not divide, or an option is unknown.
-    """
-
-    def __init__(
-        self,
-        model_dim: int,
-        num_heads: int,
-        *,
-        rngs: nnx.Rngs,
-        rope: bool = True,
-        compute: ComputeConfig = ComputeConfig(),
-        **ssm: Any,
-    ):
-        name = "interdomain" if rope else "interdomain_norope"
-        config = ModelConfig(
-            vocab_size=1,
-            model_dim=model_dim,
-            num_layers=1,
-            num_heads=num_heads,
-            mlp_dim=1,
-            mixers=(name,),
-            ssm=SSMConfig(**ssm),
-        )
-        super().__init__(config, MIXERS[name], residual_std=config.init_std, compute=compute, rngs=rngs)
+def check_rope(config: ModelConfig, rope: bool) -> None:
+    """Raise a ValueError where heads have no pairs of channels for rotary positions."""
+    if rope and config.head_dim % 2:
+        raise ValueError(f"head_dim={config.head_dim} (model_dim / num_heads) must be even for rotary positions.")

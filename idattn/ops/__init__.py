@@ -1,11 +1,14 @@
 """Pure array functions: the op, its decode step, the parameters of its basis, the ideal layer, and softmax."""
 
-from idattn.ops.api import interdomain_attention, linear_readout, linear_step, step, transfer
+from idattn.ops.api import BACKENDS, interdomain_attention, linear_readout, linear_step, step, transfer
+from idattn.ops.backend import Backend
 from idattn.ops.discretize import Basis
 from idattn.ops.ideal import IdealState, draw_frequencies, ideal_attention, ideal_step, random_features
+from idattn.ops.segments import Segments, find_segments
 from idattn.ops.softmax import softmax_attention
 
 __all__ = [
-    "Basis", "IdealState", "draw_frequencies", "ideal_attention", "ideal_step", "interdomain_attention",
-    "linear_readout", "linear_step", "random_features", "softmax_attention", "step", "transfer",
+    "BACKENDS", "Backend", "Basis", "IdealState", "Segments", "draw_frequencies", "find_segments", "ideal_attention",
+    "ideal_step", "interdomain_attention", "linear_readout", "linear_step", "random_features", "softmax_attention",
+    "step", "transfer",
 ]  # fmt: skip

@@ -1,18 +1,25 @@
 """The public functions of the layer's core: what they take and return, their checks, and the choice of a backend."""
 
 import functools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from idattn.choices import BACKENDS, READOUTS, check_choice
+from idattn.choices import READOUTS, check_choice
 from idattn.ops import chunks, chunkwise, fft, pallas_tpu, recurrent
-from idattn.ops.discretize import Basis, discretize, multiply, output_matrices
+from idattn.ops.backend import Backend
+from idattn.ops.discretize import Basis, discretize, linear_readout_row, output_matrices
+from idattn.ops.planes import flatten_planes, real_part_row
+from idattn.ops.segments import Segments, find_segments
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 
-DEFAULT_CHUNK_SIZE = 128
+# In the order in which "auto" tries those that prefer a platform; chunkwise serves every platform.
+BACKENDS = {
+    backend.name: backend
+    for backend in (pallas_tpu.BACKEND, chunkwise.BACKEND, chunkwise.ASSOCIATIVE, recurrent.BACKEND, fft.BACKEND)
+}
+AUTO = "auto"
 
 
 def interdomain_attention(
@@ -21,9 +28,9 @@ def interdomain_attention(
     v: Values,
     basis: Basis,
     *,
-    backend: str = "auto",
+    backend: str | Backend = AUTO,
     chunk_size: int | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Segments | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
     readout: str = "transpose",
@@ -41,29 +48,31 @@ def interdomain_attention(
         h // (H / G).
       v: (B, T, G, E) values after normalisation, v~.
       basis: parameters of the G states with M modes each.
-      backend: "recurrent" (the literal recurrence: the reference, slow), "chunkwise" (matrix products over chunks),
-        "fft" (convolutions by FFT: for the linear readout, no segments; of queries a reference for small T),
-        "associative" (chunkwise with the state going through the chunks in a parallel scan; with chunk_size=1 a scan
-        over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the platform that is compiled for:
-        pallas_tpu on TPUs where it can, else chunkwise).
+      backend: a name of `BACKENDS` or a record: "recurrent" (the literal recurrence: the reference, slow), "chunkwise"
+        (matrix products over chunks), "fft" (convolutions by FFT: for the linear readout, no segments; of queries a
+        reference for small T), "associative" (chunkwise with the state going through the chunks in a parallel scan;
+        with chunk_size=1 a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the platform
+        that is compiled for: pallas_tpu on TPUs where it can, else chunkwise).
       chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
         multiple of 128.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
-        -1 marks padding, whose output is 0 and which leaves the state as it is.
-      initial_state: (B, G, 2, M, R + E) state that token 0's document continues from (not read if token 0 is
+        -1 marks padding, whose output is 0 and which leaves the state as it is. Or what
+        `idattn.ops.segments.find_segments` made of them.
+      initial_state: (B, G, R + E, 2M) state that token 0's document continues from (not read if token 0 is
         padding); None for zeros.
       return_state: also return the state after each row's last token that is not padding.
       readout: "transpose" (eq. 13), "hermitian", Re(q^T U^H Gamma), or "real", q^T Re(U)^T Re(Gamma).
 
     Returns:
-      The outputs (B, T, H, E) in the dtype of `q`; with `return_state`, also the state (B, G, 2, M, R + E): real
-      and imaginary planes, the keys' features before the values.
+      The outputs (B, T, H, E) in the dtype of `q`; with `return_state`, also the state (B, G, R + E, 2M): the rows of
+      the keys' features before those of the values, the real parts of the modes before the imaginary ones.
 
     Raises:
       ValueError: shapes or dtypes do not fit, also what the backend needs of them, or a name is unknown.
       NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
-    _check_names(backend=backend, readout=readout)
+    check_choice("readout", readout, READOUTS)
+    chosen = _find_backend(backend)
     _check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
     B, T, H, R = q.shape
     G, E = k.shape[2], v.shape[3]
@@ -72,17 +81,21 @@ def interdomain_attention(
     if H % G:
         raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
     dtype = _state_dtype(basis, q, k, v)
-    shape = (B, G, 2, _check_basis(basis, G), R + E)
+    M = _check_basis(basis, G)
+    shape = (B, G, R + E, 2 * M)
     state = None if initial_state is None else _check_state(initial_state, shape, dtype)
-    _check_segments(segment_ids, B, T)
     inputs = q, k, v, _cast(basis, dtype)
-    if backend in _WHOLE:
+    segments = _check_segments(segment_ids, B, T)
+    if chosen.interdomain is not None:
         state = jnp.zeros(shape, dtype) if state is None else state
-        o, state = _WHOLE[backend].interdomain(*inputs, state, segment_ids, readout=readout)
+        o, state = chosen.interdomain(*inputs, state, segments, readout=readout)
     else:
-        size = _chunk(backend, chunk_size, T)
-        rule = _choose_rule(backend, q, k, v, shape[3], size, dtype)
-        o, state = chunks.interdomain(*inputs, state, segment_ids, readout=readout, chunk_size=size, rule=rule)
+        size = chosen.chunk(chunk_size, T)
+        requirement = chosen.requirement(q, k, v, M, size, dtype)
+        if requirement:
+            raise ValueError(f"backend={chosen.name!r} needs {requirement}; change that, or use backend='chunkwise'.")
+        rule = _by_platform(chosen, q, k, v, M, size, dtype) if backend == AUTO else chosen.rule
+        o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
 
 
@@ -91,9 +104,9 @@ def linear_readout(
     basis: Basis,
     c_out: jax.Array,
     *,
-    backend: str = "auto",
+    backend: str | Backend = AUTO,
     chunk_size: int | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Segments | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
 ) -> jax.Array | tuple[jax.Array, State]:
@@ -102,7 +115,7 @@ def linear_readout(
         X_t = Lambda X_{t-1} + B z_t^T,   y_t = Re(c_out^T C X_t)
 
     c_out and C fold into one real convolution kernel a head, so no token pays for M x M work. The other arguments are
-    those of `interdomain_attention`, the state being (B, H, 2, M, W).
+    those of `interdomain_attention`, the state being (B, H, W, 2M).
 
     Args:
       z: (B, T, H, W) inputs.
@@ -110,28 +123,24 @@ def linear_readout(
       c_out: (H, M) real weights of the coefficients.
 
     Returns:
-      The outputs (B, T, H, W) in the dtype of `z`; with `return_state`, also the state (B, H, 2, M, W).
+      The outputs (B, T, H, W) in the dtype of `z`; with `return_state`, also the state (B, H, W, 2M).
 
     Raises:
       ValueError: shapes or dtypes do not fit, or a name is unknown.
       NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
-    _check_names(backend=backend)
+    chosen = _find_backend(backend)
     _check_rank(z=(z, "B T H W"))
     B, T, H, W = z.shape
     M = _check_basis(basis, H)
     _check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
+    if chosen.linear is None:
+        raise NotImplementedError(f"backend={chosen.name!r} has no linear readout; use backend='chunkwise'.")
     dtype = _state_dtype(basis, z)
-    state = _check_state(initial_state, (B, H, 2, M, W), dtype)
-    _check_segments(segment_ids, B, T)
-    inputs = z, _cast(basis, dtype), c_out.astype(dtype), state, segment_ids
-    if backend in _WHOLE:
-        y, state = _WHOLE[backend].linear(*inputs)
-    elif backend == "pallas_tpu":
-        raise NotImplementedError("backend='pallas_tpu' has no linear readout; use backend='chunkwise'.")
-    else:
-        scan = chunkwise.associative_scan if backend == "associative" else chunkwise.scan
-        y, state = chunkwise.linear(*inputs, chunk_size=_chunk(backend, chunk_size, T), scan=scan)
+    state = _check_state(initial_state, (B, H, W, 2 * M), dtype)
+    segments = _check_segments(segment_ids, B, T)
+    inputs = z, _cast(basis, dtype), c_out.astype(dtype), state, segments
+    y, state = chosen.linear(*inputs, chunk_size=chosen.chunk(chunk_size, T))
     return (y, state) if return_state else y
 
 
@@ -140,9 +149,9 @@ def transfer(
     basis: Basis,
     *,
     chunk_size: int | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | Segments | None = None,
 ) -> tuple[jax.Array, State]:
-    """How tokens change a state: after them it is decay * state + own, a complex product of planes.
+    """How tokens change a state: after them it is decay * state + increment, a complex product of each mode.
 
     What a shard of a sequence adds is found without the shards before it; the readout, which is quadratic in the
     state, is not, and takes the state that arrives as its initial state.
@@ -154,8 +163,8 @@ def transfer(
       segment_ids: as in `interdomain_attention`.
 
     Returns:
-      decay (B, G, 2, M, 1), 0 where a document begins among the tokens, and own (B, G, 2, M, W), both float32 or
-      wider.
+      decay, planes (B, G, 2, M), 0 where a document begins among the tokens, and increment (B, G, W, 2M), both
+      float32 or wider.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -165,9 +174,9 @@ def transfer(
     for i, x in enumerate(inputs):
         _check_shape(f"inputs[{i}]", x, (B, T, G, x.shape[3]), "B T G W, with B, T and G those of the first")
     _check_basis(basis, G)
-    _check_segments(segment_ids, B, T)
+    segments = _check_segments(segment_ids, B, T)
     basis = _cast(basis, _state_dtype(basis, *inputs))
-    return chunkwise.transfer(inputs, basis, segment_ids, chunk_size=_chunk("chunkwise", chunk_size, T))
+    return chunkwise.transfer(inputs, basis, segments, chunk_size=chunkwise.BACKEND.chunk(chunk_size, T))
 
 
 def step(
@@ -180,7 +189,7 @@ def step(
       k: (B, G, R) features of the keys.
       v: (B, G, E) values.
       basis: parameters of the G states.
-      state: (B, G, 2, M, R + E) state before the token.
+      state: (B, G, R + E, 2M) state before the token.
       readout: as in `interdomain_attention`.
 
     Returns:
@@ -189,7 +198,7 @@ def step(
     Raises:
       ValueError: shapes do not fit, or the readout is unknown.
     """
-    _check_names(readout=readout)
+    check_choice("readout", readout, READOUTS)
     _check_rank(q=(q, "B H R"), k=(k, "B G R"), v=(v, "B G E"))
     B, H, R = q.shape
     G, E = k.shape[1], v.shape[2]
@@ -198,14 +207,14 @@ def step(
     if H % G:
         raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
     dtype = _state_dtype(basis, q, k, v)
-    state = _check_state(state, (B, G, 2, _check_basis(basis, G), R + E), dtype)
+    state = _check_state(state, (B, G, R + E, 2 * _check_basis(basis, G)), dtype)
     basis = _cast(basis, dtype)
     state = _advance(jnp.concatenate([k, v], axis=-1).astype(dtype), basis, state)
-    X_k, X_v = jnp.split(state.reshape(B, G, -1, R + E), [R], axis=-1)
+    X_k, X_v = jnp.split(state, [R], axis=-2)
     to_u, to_w = output_matrices(basis, readout)
-    y = jnp.einsum("bgjr,bgmr->bgjm", q.reshape(B, G, H // G, R).astype(dtype), X_k, precision="highest")
+    y = jnp.einsum("bgjr,bgrm->bgjm", q.reshape(B, G, H // G, R).astype(dtype), X_k, precision="highest")
     w = jnp.einsum("gom,gmn,bgjn->bgjo", to_w, to_u, y, precision="highest", optimize=[(1, 2), (0, 1)])
-    o = jnp.einsum("bgjm,bgme->bgje", chunks.real_part(w), X_v, precision="highest")
+    o = jnp.einsum("bgjm,bgem->bgje", real_part_row(w), X_v, precision="highest")
     return o.reshape(B, H, E).astype(q.dtype), state
 
 
@@ -216,7 +225,7 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
       z: (B, H, W) inputs.
       basis: parameters of the H states.
       c_out: (H, M) real weights of the coefficients.
-      state: (B, H, 2, M, W) state before the token.
+      state: (B, H, W, 2M) state before the token.
 
     Returns:
       The outputs (B, H, W) in the dtype of `z`, and the state after the token.
@@ -230,39 +239,33 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
     _check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
     dtype = _state_dtype(basis, z)
     basis = _cast(basis, dtype)
-    state = _advance(z.astype(dtype), basis, _check_state(state, (B, H, 2, M, W), dtype))
-    row = chunkwise.fold(basis, c_out.astype(dtype))
-    y = jnp.einsum("gm,bgmw->bgw", row, state.reshape(B, H, -1, W), precision="highest")
+    state = _advance(z.astype(dtype), basis, _check_state(state, (B, H, W, 2 * M), dtype))
+    row = linear_readout_row(basis, c_out.astype(dtype))
+    y = jnp.einsum("gm,bgwm->bgw", row, state, precision="highest")
     return y.astype(z.dtype), state
 
 
-def _by_platform(tpu, default):
-    return lambda *arguments: jax.lax.platform_dependent(*arguments, tpu=tpu, default=default)
+def _find_backend(backend: str | Backend) -> Backend:
+    """The record of a backend; of "auto" the one that serves every platform."""
+    if isinstance(backend, Backend):
+        return backend
+    check_choice("backend", backend, (AUTO, *BACKENDS))
+    return chunkwise.BACKEND if backend == AUTO else BACKENDS[backend]
 
 
-_WHOLE = {"recurrent": recurrent, "fft": fft}  # modules without chunks
-_RULES = {  # forward and backward, see `idattn.ops.chunks`
-    "associative": tuple(
-        partial(f, scan=chunkwise.associative_scan, group=None) for f in (chunkwise.forward, chunkwise.backward)
-    ),
-    "chunkwise": (chunkwise.forward, chunkwise.backward),
-    "pallas_tpu": (pallas_tpu.forward, pallas_tpu.backward),
-}
-_AUTO = tuple(map(_by_platform, _RULES["pallas_tpu"], _RULES["chunkwise"]))
-
-
-def _choose_rule(backend: str, q, k, v, M: int, chunk_size: int, dtype):
-    """The forward and the backward of a chunked backend; "auto" leaves the choice to the platform compiled for."""
-    if backend not in ("auto", "pallas_tpu"):
-        return _RULES[backend]
-    requirement = pallas_tpu.requirement(q, k, v, M, chunk_size, dtype)
-    if backend == "pallas_tpu":
-        if requirement:
-            raise ValueError(f"{backend=} needs {requirement}; change that, or use backend='chunkwise'.")
-        return _RULES[backend]
-    chosen = f"chunkwise, since pallas_tpu needs {requirement}" if requirement else "pallas_tpu on TPU, else chunkwise"
-    _log_once(f"interdomain_attention: backend='auto' takes {chosen}.")
-    return _RULES["chunkwise"] if requirement else _AUTO
+def _by_platform(default: Backend, q, k, v, M: int, chunk_size: int, dtype) -> chunks.Rule:
+    """The rule of `default` but where a backend that prefers the platform that is compiled for can do it."""
+    rules, refused = {}, []
+    for backend in BACKENDS.values():
+        requirement = backend.requirement(q, k, v, M, chunk_size, dtype)
+        for platform in () if backend.rule is None else backend.platforms:
+            if requirement:
+                refused.append(f"on {platform} not {backend.name}, which needs {requirement}")
+            else:
+                rules.setdefault(platform, backend)
+    chosen = [f"{backend.name} on {platform}" for platform, backend in rules.items()]
+    _log_once("interdomain_attention: backend='auto' takes " + "; ".join([*chosen, f"{default.name} else", *refused]))
+    return tuple(_switch({name: x.rule[i] for name, x in rules.items()}, default.rule[i]) for i in (0, 1))
 
 
 @functools.cache
@@ -270,22 +273,17 @@ def _log_once(message: str) -> None:
     logging.info(message)
 
 
+def _switch(functions, default):
+    """A function that is that of the platform which is compiled for, or the default."""
+    if not functions:
+        return default
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=default)
+
+
 def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:
+    """The state (B, G, W, 2M) after a token z (B, G, W)."""
     lam, beta = discretize(basis)
-    return multiply(lam[..., None], state, axis=-3) + beta[..., None] * z[:, :, None, None, :]
-
-
-def _chunk(backend: str, chunk_size: int | None, T: int) -> int:
-    """Tokens in a chunk; not more than there are, except for kernels, whose tiles are what they are."""
-    size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
-    if size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1.")
-    return size if backend == "pallas_tpu" else min(size, T)
-
-
-def _check_names(*, backend: str = "auto", readout: str = "transpose") -> None:
-    check_choice("backend", backend, BACKENDS)
-    check_choice("readout", readout, READOUTS)
+    return chunks.decay_state(lam[None], state) + flatten_planes(beta)[None, :, None] * z[..., None]
 
 
 def _check_rank(**arrays: tuple[jax.Array, str]) -> None:
@@ -323,16 +321,18 @@ def _check_basis(basis: Basis, G: int) -> int:
 def _check_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
     if state is None:
         return jnp.zeros(shape, dtype)
-    _check_shape("the state", state, shape, "B, G, 2 (real, imaginary), M, width of [k, v]")
+    _check_shape("the state", state, shape, "B, G, width of [k, v], 2M (real parts, imaginary parts)")
     return state.astype(dtype)
 
 
-def _check_segments(segment_ids: jax.Array | None, B: int, T: int) -> None:
+def _check_segments(segment_ids: jax.Array | Segments | None, B: int, T: int) -> Segments | None:
     if segment_ids is None:
-        return
-    _check_shape("segment_ids", segment_ids, (B, T), "one id for each token")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids of dtype {segment_ids.dtype} must be integers.")
+        return None
+    ids = segment_ids.run if isinstance(segment_ids, Segments) else segment_ids
+    _check_shape("segment_ids", ids, (B, T), "one id for each token")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids of dtype {ids.dtype} must be integers.")
+    return segment_ids if isinstance(segment_ids, Segments) else find_segments(segment_ids)
 
 
 def _state_dtype(basis: Basis, *inputs: jax.Array):

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.chunkwise import fold
-from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, powers
+from idattn.ops.discretize import Basis, discretize, linear_readout_row, output_matrices
+from idattn.ops.planes import complex_matrix, complex_multiply, conjugate, flatten_planes, powers, to_planes
 
 
 class Block(NamedTuple):
@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
     tokens: jax.Array  # (B, K, G, W), [k, v] as they came; zeros where none has come yet
     decays: jax.Array  # (K + 1, G, 2, M), lambda^l
-    inputs: jax.Array  # (2K, G, 2, M), beta lambda^l for l = K - 1 ... 0, then zeros for tokens that have not come
+    lags: jax.Array  # (2K, G, 2, M), beta lambda^l for l = K - 1 ... 0, then zeros for tokens that have not come
     count: jax.Array  # () int32, tokens so far
 
 
@@ -31,12 +31,12 @@ def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.
     """A block without tokens, with room for K = `size` of `width` numbers a head."""
     lam, beta = discretize(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), basis))
     decays = powers(lam, size)
-    inputs = multiply(beta, decays[size - 1 :: -1])
+    lags = complex_multiply(beta[None], decays[size - 1 :: -1])
     tokens = jnp.zeros((batch_size, size, lam.shape[0], width), dtype)
-    return Block(tokens, decays, jnp.concatenate([inputs, jnp.zeros_like(inputs)]), jnp.int32(0))
+    return Block(tokens, decays, jnp.concatenate([lags, jnp.zeros_like(lags)]), jnp.int32(0))
 
 
-def add(block: Block, z: jax.Array) -> Block:
+def add_token(block: Block, z: jax.Array) -> Block:
     """The block with one token more, z (B, G, W)."""
     tokens = jax.lax.dynamic_update_slice_in_dim(block.tokens, z[:, None].astype(block.tokens.dtype), block.count, 1)
     return block._replace(tokens=tokens, count=block.count + 1)
@@ -50,7 +50,7 @@ def interdomain(
     Args:
       q: (B, H, R) features of its queries.
       basis: parameters of the G states.
-      states: (layers, B, G, R + E, 2M) before the block, of a stack of layers: sliced here, so that it is not copied.
+      states: (L, B, G, R + E, 2M) before the block, of a stack of layers: sliced here, so that it is not copied.
       layer: () int32, which of them.
       block: with the token.
       readout: as in `idattn.ops.interdomain_attention`.
@@ -61,56 +61,40 @@ def interdomain(
     q = q.reshape(B, G, H // G, R).astype(wide)
     k, v = (x.astype(wide) for x in jnp.split(block.tokens, [R], axis=-1))
     scores = jnp.einsum("bgjr,bsgr->bgjs", q, k, precision="highest")
-    y = jnp.einsum("bgjr,bgrm->bgjm", q, _part(states, layer, 0, R).astype(wide), precision="highest")
-    y = multiply(_decay(block)[:, None], y.reshape(*y.shape[:3], 2, -1))
-    y += jnp.einsum("bgjs,sgpm->bgjpm", scores, _lags(block), precision="highest")
+    response = jnp.einsum("bgjr,bgrm->bgjm", q, _rows(states, layer, 0, R).astype(wide), precision="highest")
+    y = flatten_planes(complex_multiply(_decay(block)[None, :, None], to_planes(response)))
+    y += jnp.einsum("bgjs,sgm->bgjm", scores, flatten_planes(_lags(block)), precision="highest")
     to_u, to_w = output_matrices(basis, readout)
-    w = jnp.einsum(
-        "gom,gmn,bgjn->bgjo", to_w, to_u, y.reshape(*y.shape[:3], -1), precision="highest", optimize=[(1, 2), (0, 1)]
-    )
-    o = _read(w.reshape(y.shape), block, _part(states, layer, R, v.shape[-1]), v)
+    w = jnp.einsum("gom,gmn,bgjn->bgjo", to_w, to_u, y, precision="highest", optimize=[(1, 2), (0, 1)])
+    o = _read(to_planes(w), block, _rows(states, layer, R, v.shape[-1]), v)
     return o.reshape(B, H, -1)
 
 
 def linear(basis: Basis, c_out: jax.Array, states: jax.Array, layer: jax.Array, block: Block) -> jax.Array:
     """The outputs (B, H, W) of the block's newest token by the linear readout; arguments as above."""
     B, _, G, W = block.tokens.shape
-    row = fold(basis, c_out.astype(block.decays.dtype)).reshape(G, 1, 2, -1)
-    w = row * jnp.asarray([1, -1], row.dtype)[:, None]  # Re(w^T X) is the product of planes with (re, -im)
+    row = linear_readout_row(basis, c_out.astype(block.decays.dtype)).reshape(G, 1, 2, -1)
+    w = conjugate(row)  # Re(w^T X) is the product of planes with (re, -im)
     z = block.tokens.astype(row.dtype)
-    return _read(jnp.broadcast_to(w, (B, *w.shape)), block, _part(states, layer, 0, W), z)[:, :, 0]
+    return _read(jnp.broadcast_to(w[None], (B, *w.shape)), block, _rows(states, layer, 0, W), z)[:, :, 0]
 
 
 def close_block(state: jax.Array, block: Block) -> jax.Array:
     """The state (B, G, W, 2M) after the block, in its dtype."""
-    planes = state.shape[-1]
-    re, im = (x[..., None] * jnp.eye(planes // 2, dtype=x.dtype) for x in jnp.moveaxis(_decay(block), 1, 0))
+    eye = jnp.eye(state.shape[-1] // 2, dtype=block.decays.dtype)[None]
+    re, im = (x[..., None] * eye for x in jnp.moveaxis(_decay(block), 1, 0))
     # The decays as matrices of flattened planes: XLA adds two products in one pass over the state, which complex
     # arithmetic on its planes takes several for.
-    turn = jnp.block([[re, -im], [im, re]])
-    lags = _lags(block).reshape(-1, turn.shape[0], planes)
-    kept = jnp.einsum("gom,bgwm->bgwo", turn, state.astype(turn.dtype), precision="highest")
-    own = jnp.einsum("bsgw,sgm->bgwm", block.tokens.astype(turn.dtype), lags, precision="highest")
-    return (kept + own).astype(state.dtype)
+    decay = complex_matrix(re, im)
+    decayed = jnp.einsum("gom,bgwm->bgwo", decay, state.astype(decay.dtype), precision="highest")
+    increment = jnp.einsum(
+        "bsgw,sgm->bgwm", block.tokens.astype(decay.dtype), flatten_planes(_lags(block)), precision="highest"
+    )
+    return (decayed + increment).astype(state.dtype)
 
 
-def to_rows(state: jax.Array) -> jax.Array:
-    """A state (..., 2, M, W) of the ops as (..., W, 2M), of which keys are read without values and these without keys.
-
-    Memory of a TPU is read in tiles, 128 of the last axis wide: half the channels of W = 128 would be all of them.
-    """
-    *lead, _, M, W = state.shape
-    return jnp.swapaxes(state.reshape(*lead, 2 * M, W), -1, -2)
-
-
-def to_planes(rows: jax.Array) -> jax.Array:
-    """What `to_rows` was given."""
-    *lead, W, planes = rows.shape
-    return jnp.swapaxes(rows, -1, -2).reshape(*lead, 2, planes // 2, W)
-
-
-def _part(states: jax.Array, layer: jax.Array, start: int, width: int) -> jax.Array:
-    """(B, G, width, 2M) of a layer of the stack."""
+def _rows(states: jax.Array, layer: jax.Array, start: int, width: int) -> jax.Array:
+    """Rows (B, G, width, 2M) of a layer of the stack."""
     _, B, G, _, planes = states.shape
     return jax.lax.dynamic_slice(states, (layer, 0, 0, start, 0), (1, B, G, width, planes))[0]
 
@@ -123,14 +107,12 @@ def _decay(block: Block) -> jax.Array:
 def _lags(block: Block) -> jax.Array:
     """beta lambda^{t-s} for all tokens s of the block, (K, G, 2, M); 0 for those after t."""
     K = block.tokens.shape[1]
-    return jax.lax.dynamic_slice_in_dim(block.inputs, K - block.count, K)
+    return jax.lax.dynamic_slice_in_dim(block.lags, K - block.count, K)
 
 
 def _read(w: jax.Array, block: Block, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the part `state` (B, G, E, 2M) of X^0 and its tokens."""
-    sign = jnp.asarray([1, -1], w.dtype)[:, None]
-    decayed = multiply(w, _decay(block)[:, None]) * sign
-    p = jnp.einsum("bgjpm,sgpm->bgjs", w * sign, _lags(block), precision="highest")
-    o = jnp.einsum("bgjs,bsge->bgje", p, tokens, precision="highest")
-    decayed = decayed.reshape(*decayed.shape[:3], -1)
-    return o + jnp.einsum("bgjm,bgem->bgje", decayed, state.astype(w.dtype), precision="highest")
+    """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the rows `state` (B, G, E, 2M) of X^0 and its tokens."""
+    decayed = conjugate(complex_multiply(w, _decay(block)[None, :, None]))
+    weights = jnp.einsum("bgjpm,sgpm->bgjs", conjugate(w), _lags(block), precision="highest")
+    o = jnp.einsum("bgjs,bsge->bgje", weights, tokens, precision="highest")
+    return o + jnp.einsum("bgjm,bgem->bgje", flatten_planes(decayed), state.astype(w.dtype), precision="highest")

@@ -1,19 +1,30 @@
 """The chunked recurrence as matrix products in XLA: fast on every platform, and what the kernels are compared with.
 
 See `idattn.ops.chunks` for the equations. Shapes inside: heads before chunks, (B, G, N, K, ...), queries with an axis
-J = H / G, modes as 2M planes. `_skew` turns the columns of a matrix from tokens s to lags l = t - s and back: it is
-its own inverse on lower triangles, and its own transpose.
+J = H / G, modes as 2M flattened planes, states as rows (..., G, W, 2M). `_skew` turns the columns of a matrix from
+tokens s to lags l = t - s and back: it is its own inverse on lower triangles, and its own transpose.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.chunks import Tables, final_state, lag_tables, pad_to_chunks, zero_state
-from idattn.ops.discretize import Basis, discretize, multiply, output_matrices, power
-from idattn.ops.product import product
-from idattn.ops.segments import PADDING, last_token
+from idattn.ops.backend import Backend
+from idattn.ops.chunks import (
+    Tables,
+    decay_state,
+    final_state,
+    lag_tables,
+    last_tokens,
+    pad_to_chunks,
+    zero_state,
+)
+from idattn.ops.discretize import Basis, discretize, linear_readout_row
+from idattn.ops.einsum import einsum_f32
+from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, power, to_planes
+from idattn.ops.segments import PADDING, Segments
 
 GROUP = 16  # chunks worked on at the same time: enough to fill a processor, few enough to bound the memory
 
@@ -24,56 +35,56 @@ class _Masks(NamedTuple):
     within: jax.Array  # (B, 1, N, 1, K, K) token t sees token s of its chunk
     start: jax.Array  # (B, 1, N, 1, K, 1) token t sees the state at the chunk's start
     end: jax.Array  # (B, 1, N, K, 1) token s is in the state at the chunk's end
-    keep: jax.Array  # (N, B, 1, 1, 1, 1) the state at the chunk's start is in the one at its end
+    continues: jax.Array  # (N, B, 1, 1, 1) the state at the chunk's start is in the one at its end
 
 
 class _Read(NamedTuple):
     """What the queries of a chunk make of the state, (B, G, N, J, K, ...)."""
 
     scores: jax.Array  # S[t, t - l], width K
-    found: jax.Array  # X_k^0 q_t, width 2M
-    carried: jax.Array  # lambda^{t+1} X_k^0 q_t, width 2M
+    response: jax.Array  # X_k^0 q_t, width 2M
+    decayed_response: jax.Array  # lambda^{t+1} X_k^0 q_t, width 2M
     w: jax.Array  # with the sign of Re, width 2M
-    turned: jax.Array  # w_t lambda^{t+1}, width 2M
+    decayed_w: jax.Array  # w_t lambda^{t+1}, width 2M
     weights: jax.Array  # P[t, s], width K
 
 
-def scan(decay, own, keep, first):
-    """before_{n+1} = keep_n decay before_n + own_n with before_0 = first, one chunk after another.
+def sequential_scan(decay, increments, continues, first):
+    """before_{n+1} = continues_n decay before_n + increment_n with before_0 = first, one chunk after another.
 
     Args:
-      decay: (G, 2, M, 1).
-      own: (N, B, G, 2, M, W).
-      keep: (N, B, 1, 1, 1, 1) booleans, or None for all true.
-      first: (B, G, 2, M, W).
+      decay: (G, 2, M).
+      increments: (N, B, G, W, 2M).
+      continues: (N, B, 1, 1, 1) booleans, or None for all true.
+      first: (B, G, W, 2M).
 
     Returns:
-      before_0 ... before_{N-1} in the shape of `own`, and before_N.
+      before_0 ... before_{N-1} in the shape of `increments`, and before_N.
     """
 
     def advance(state, chunk):
-        own, keep = chunk
-        carried = multiply(decay, state, axis=-3)
-        return (carried if keep is None else jnp.where(keep, carried, 0)) + own, state
+        increment, continues = chunk
+        decayed = decay_state(decay[None], state)
+        return (decayed if continues is None else jnp.where(continues, decayed, 0)) + increment, state
 
-    after, before = jax.lax.scan(advance, first, (own, keep))
+    after, before = jax.lax.scan(advance, first, (increments, continues))
     return before, after
 
 
-def associative_scan(decay, own, keep, first):
-    """What `scan` returns, in a depth of log N instead of N."""
-    decay = jnp.broadcast_to(decay, (*own.shape[:2], *decay.shape))
-    decay = decay if keep is None else jnp.where(keep, decay, 0)
+def associative_scan(decay, increments, continues, first):
+    """What `sequential_scan` returns, in a depth of log N instead of N."""
+    decay = jnp.broadcast_to(decay, (*increments.shape[:2], *decay.shape))
+    decay = decay if continues is None else jnp.where(continues, decay, 0)
 
     def combine(early, late):
-        return multiply(late[0], early[0], axis=-3), multiply(late[0], early[1], axis=-3) + late[1]
+        return complex_multiply(late[0], early[0]), decay_state(late[0], early[1]) + late[1]
 
-    decay, own = jax.lax.associative_scan(combine, (decay, own))
-    after = multiply(decay, first, axis=-3) + own
+    decay, increments = jax.lax.associative_scan(combine, (decay, increments))
+    after = decay_state(decay, first[None]) + increments
     return jnp.concatenate([first[None], after[:-1]]), after[-1]
 
 
-def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=scan, group=GROUP):
+def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=sequential_scan, group=GROUP):
     """Outputs and the state at the start of `last_chunk`; see `idattn.ops.chunks`.
 
     Args:
@@ -89,10 +100,10 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=sca
         masks = _find_masks(run, tables)
         q, k, v = _split_queries(q, G, tables), _split(k, tables), _split(v, tables)
         starts, end = _states(_both(k, v, masks), tables, state, masks, scan)
-        X_k, X_v = jnp.split(_flat(starts), [R], axis=-1)
+        X_k, X_v = jnp.split(starts, [R], axis=-2)
         read = _read(q, k, X_k, tables, masks)
-        o = product("bgnjts,bgnse->bgnjte", read.weights, v, q.dtype)
-        o = o + product("bgnjtm,nbgme->bgnjte", read.turned, X_v, q.dtype)
+        o = einsum_f32("bgnjts,bgnse->bgnjte", read.weights, v, q.dtype)
+        o = o + einsum_f32("bgnjtm,nbgem->bgnjte", read.decayed_w, X_v, q.dtype)
         is_last = _is_last(index, last_chunk, starts)
         last_start = last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)
         return (end, last_start), _join_queries(o.astype(q.dtype))
@@ -102,13 +113,13 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=sca
     return _ungroup(o, q), last_start
 
 
-def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, scan=scan, group=GROUP):
+def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, scan=sequential_scan, group=GROUP):
     """The cotangents of q, k, v, tables and initial_state; the forward pass is recomputed from these."""
     d_o, d_last = cotangents
     G, R, dtype = *k.shape[2:], q.dtype
     (*arrays, runs), count = _groups((q, k, v, d_o), run, tables, group)
 
-    def fold(state, inputs):
+    def advance(state, inputs):
         k, v, run = inputs
         masks = _find_masks(run, tables)
         return _states(_both(_split(k, tables), _split(v, tables), masks), tables, state, masks, scan)[1], state
@@ -121,53 +132,52 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
         k, v = _split(k, tables), _split(v, tables)
         z = _both(k, v, masks)
         starts, _ = _states(z, tables, state, masks, scan)
-        X_k, X_v = jnp.split(_flat(starts), [R], axis=-1)
+        X_k, X_v = jnp.split(starts, [R], axis=-2)
         read = _read(q, k, X_k, tables, masks)
 
-        # o = P v + turned X_v, with P = skew(w lags^T) and turned = w conj(rotations), since w carries the sign of Re
-        d_weights = _skew(_within(product("bgnjte,bgnse->bgnjts", d_o, v, dtype), masks))
-        d_turned = _from_start(product("bgnjte,nbgme->bgnjtm", d_o, X_v, dtype), masks)
-        d_w = product("bgnjtl,glm->bgnjtm", d_weights, tables.lags, dtype) + _rotate(d_turned, tables.rotations)
-        # w = skew(S) spread + readout carried, with carried = found rotations
-        d_scores = _within(_skew(product("bgnjtm,glm->bgnjtl", d_w, tables.spread, dtype)), masks)
-        d_carried = _from_start(product("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype), masks)
-        d_found = _rotate(d_carried, _conjugate(tables.rotations))
-        # S = q k^T and found = q X_k^T
-        d_q = product("bgnjts,bgnsr->bgnjtr", d_scores, k, dtype)
-        d_q += product("bgnjtm,nbgmr->bgnjtr", d_found, X_k, dtype)
+        # o = P v + decayed_w X_v, P = skew(w lags^T), decayed_w = w conj(decays), since w carries the sign of Re
+        d_weights = _skew(_within(einsum_f32("bgnjte,bgnse->bgnjts", d_o, v, dtype), masks))
+        d_decayed_w = _from_start(einsum_f32("bgnjte,nbgem->bgnjtm", d_o, X_v, dtype), masks)
+        d_w = einsum_f32("bgnjtl,glm->bgnjtm", d_weights, tables.lags, dtype) + _decay(d_decayed_w, tables.decays)
+        # w = skew(S) spread + readout decayed_response, decayed_response = response decays
+        d_scores = _within(_skew(einsum_f32("bgnjtm,glm->bgnjtl", d_w, tables.spread, dtype)), masks)
+        d_decayed_response = _from_start(einsum_f32("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype), masks)
+        d_response = _decay(d_decayed_response, conjugate(tables.decays))
+        # S = q k^T and response = q X_k^T
+        d_q = einsum_f32("bgnjts,bgnsr->bgnjtr", d_scores, k, dtype)
+        d_q += einsum_f32("bgnjtm,nbgrm->bgnjtr", d_response, X_k, dtype)
 
         # The start states, last chunk first.
-        d_X_k = product("bgnjtm,bgnjtr->nbgmr", d_found, q, dtype)
-        d_X_v = product("bgnjtm,bgnjte->nbgme", read.turned, d_o, dtype)
-        d_starts = jnp.concatenate([d_X_k, d_X_v], axis=-1).reshape(starts.shape)
+        d_X_k = einsum_f32("bgnjtm,bgnjtr->nbgrm", d_response, q, dtype)
+        d_X_v = einsum_f32("bgnjtm,bgnjte->nbgem", read.decayed_w, d_o, dtype)
+        d_starts = jnp.concatenate([d_X_k, d_X_v], axis=-2)
         d_starts += jnp.where(_is_last(index, last_chunk, starts), d_last, 0)
-        decay = _conjugate(tables.rotations[:, -1, ..., None], axis=-3)
+        decay = conjugate(tables.decays[:, -1])
         # The scan's entry n is the cotangent of the state at the end of chunk n, counted from the last.
-        keep = None if masks is None else masks.keep[::-1]
-        d_ends, d_state = scan(decay, d_starts[::-1], keep, d_end)
-        d_ends = d_ends[::-1]
-        d_X = _flat(d_ends)
+        continues = None if masks is None else masks.continues[::-1]
+        d_X, d_state = scan(decay, d_starts[::-1], continues, d_end)
+        d_X = d_X[::-1]
 
-        d_z = product("gsm,nbgmw->bgnsw", tables.lags[:, ::-1], d_X, dtype)
+        d_z = einsum_f32("gsm,nbgwm->bgnsw", tables.lags[:, ::-1], d_X, dtype)
         d_z = d_z if masks is None else jnp.where(masks.end, d_z, 0)
-        d_k = product("bgnjts,bgnjtr->bgnsr", d_scores, q, dtype) + d_z[..., :R]
-        d_v = product("bgnjts,bgnjte->bgnse", read.weights, d_o, dtype) + d_z[..., R:]
+        d_k = einsum_f32("bgnjts,bgnjtr->bgnsr", d_scores, q, dtype) + d_z[..., :R]
+        d_v = einsum_f32("bgnjts,bgnjte->bgnse", read.weights, d_o, dtype) + d_z[..., R:]
 
-        d_spread = product("bgnjtl,bgnjtm->glm", read.scores, d_w, dtype)
-        d_lags = product("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
-        d_lags += product("bgnsw,nbgmw->gsm", z, d_X, dtype)[:, ::-1]
-        d_turning = multiply(_conjugate(_planes(read.found)), _planes(d_carried))
-        d_turning += multiply(_planes(read.w), _conjugate(_planes(d_turned)))
-        kept = starts if masks is None else jnp.where(masks.keep, starts, 0)
-        d_decay = jnp.sum(multiply(_conjugate(kept, axis=-3), d_ends, axis=-3), axis=(0, 1, -1))
-        d_rotations = jnp.sum(d_turning, axis=(0, 2, 3)).at[:, -1].add(d_decay)
-        d_readout = product("bgnjto,bgnjtm->gom", d_w, read.carried, dtype)
-        d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_rotations, d_readout, d_spread))
+        d_spread = einsum_f32("bgnjtl,bgnjtm->glm", read.scores, d_w, dtype)
+        d_lags = einsum_f32("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
+        d_lags += einsum_f32("bgnsw,nbgwm->gsm", z, d_X, dtype)[:, ::-1]
+        d_decays = complex_multiply(conjugate(to_planes(read.response)), to_planes(d_decayed_response))
+        d_decays += complex_multiply(to_planes(read.w), conjugate(to_planes(d_decayed_w)))
+        continued = starts if masks is None else jnp.where(masks.continues, starts, 0)
+        d_decay = jnp.sum(complex_multiply(conjugate(to_planes(continued)), to_planes(d_X)), axis=(0, 1, 3))
+        d_decays = jnp.sum(d_decays, axis=(0, 2, 3)).at[:, -1].add(d_decay)
+        d_readout = einsum_f32("bgnjto,bgnjtm->gom", d_w, read.decayed_response, dtype)
+        d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_decays, d_readout, d_spread))
         d_inputs = _join_queries(d_q), _join(d_k), _join(d_v)
         return (d_state, d_tables), tuple(x.astype(dtype) for x in d_inputs)
 
     first = zero_state(k, v, tables) if initial_state is None else initial_state
-    _, states = jax.lax.scan(fold, first, (*arrays[1:3], runs))
+    _, states = jax.lax.scan(advance, first, (*arrays[1:3], runs))
     zeros = jax.tree.map(jnp.zeros_like, (first, tables))
     inputs = (jnp.arange(count), states, *arrays, runs)
     (d_state, d_tables), d_inputs = jax.lax.scan(body, zeros, inputs, reverse=True)
@@ -175,32 +185,32 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
     return d_q, d_k, d_v, d_tables, None if initial_state is None else d_state
 
 
-def linear(z, basis, c_out, initial_state, segment_ids, *, chunk_size, scan=scan):
+def linear(z, basis, c_out, initial_state, segments: Segments | None, *, chunk_size, scan=sequential_scan):
     """The learned linear readout in chunks: one real convolution kernel a head, h(l) = Re(c_out^T C beta lambda^l).
 
     Shapes as in `idattn.ops.linear_readout`.
     """
     B, T = z.shape[:2]
     tables = Tables(*lag_tables(basis, chunk_size), None, None)
-    last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
-    (z,), run = pad_to_chunks((z,), segment_ids, chunk_size)
+    last = last_tokens(segments, B, T)
+    (z,), run = pad_to_chunks((z,), segments, chunk_size)
     masks = _find_masks(run, tables)
     split = _split(z, tables)
-    own = split if masks is None else jnp.where(masks.end, split, 0)
-    starts, _ = _states(own, tables, initial_state, masks, scan)
-    y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, fold(basis, c_out), masks)
+    in_end = split if masks is None else jnp.where(masks.end, split, 0)
+    starts, _ = _states(in_end, tables, initial_state, masks, scan)
+    y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, linear_readout_row(basis, c_out), masks)
     start = starts[jnp.maximum(last, 0) // chunk_size, jnp.arange(B)]
-    return _join(y)[:, :T], final_state((z,), start, tables.lags, tables.rotations, initial_state, run, last)
+    return _join(y)[:, :T], final_state((z,), start, tables.lags, tables.decays, initial_state, run, last)
 
 
-def transfer(inputs, basis, segment_ids, *, chunk_size, group=GROUP):
-    """How tokens change a state, X after them = decay X before + own; see `idattn.ops.transfer`."""
+def transfer(inputs, basis: Basis, segments: Segments | None, *, chunk_size, group=GROUP):
+    """How tokens change a state, X after them = decay X before + increment; see `idattn.ops.transfer`."""
     B, T, G = inputs[0].shape[:3]
     tables = Tables(*lag_tables(basis, chunk_size), None, None)
-    last = jnp.full((B,), T - 1) if segment_ids is None else last_token(segment_ids)
-    inputs, run = pad_to_chunks(inputs, segment_ids, chunk_size)
+    last = last_tokens(segments, B, T)
+    inputs, run = pad_to_chunks(inputs, segments, chunk_size)
     (*arrays, runs), count = _groups(inputs, run, tables, group)
-    zero = jnp.zeros((B, G, *tables.rotations.shape[2:], sum(x.shape[3] for x in inputs)), tables.rotations.dtype)
+    zero = jnp.zeros((B, G, sum(x.shape[3] for x in inputs), tables.lags.shape[-1]), tables.lags.dtype)
 
     @jax.checkpoint
     def body(carry, chunk_group):
@@ -209,24 +219,17 @@ def transfer(inputs, basis, segment_ids, *, chunk_size, group=GROUP):
         masks = _find_masks(run, tables)
         z = jnp.concatenate([_split(x, tables) for x in arrays], axis=-1)
         z = z if masks is None else jnp.where(masks.end, z, 0)
-        starts, end = _states(z, tables, state, masks, scan)
+        starts, end = _states(z, tables, state, masks, sequential_scan)
         is_last = _is_last(index, jnp.maximum(last, 0) // chunk_size, starts)
         return (end, last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)), None
 
     (_, start), _ = jax.lax.scan(body, (zero, zero), (jnp.arange(count), *arrays, runs))
-    own = final_state(inputs, start, tables.lags, tables.rotations, zero, run, last)
+    increment = final_state(inputs, start, tables.lags, tables.decays, zero, run, last)
     decay = power(discretize(basis)[0], last + 1, T)
     if run is not None:
-        kept = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
-        decay = jnp.where(kept[:, None, None, None], decay, 0)
-    return decay[..., None], own
-
-
-def fold(basis: Basis, c_out: jax.Array) -> jax.Array:
-    """c_out^T C as a row of planes that reads Re(c_out^T C X) off flattened planes of X, (G, 2M)."""
-    to_u, _ = output_matrices(basis, "transpose")
-    M = c_out.shape[1]
-    return jnp.einsum("gm,gmn->gn", c_out, to_u[:, :M], precision="highest")
+        continues = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
+        decay = jnp.where(continues[:, None, None, None], decay, 0)
+    return decay, increment
 
 
 def _groups(arrays, run: jax.Array | None, tables: Tables, group: int | None):
@@ -286,14 +289,14 @@ def _find_masks(run: jax.Array | None, tables: Tables) -> _Masks | None:
         within[:, None, :, None],
         start[:, None, :, None, :, None],
         end[:, None, :, :, None],
-        start[..., -1].T[..., None, None, None, None],
+        start[..., -1].T[..., None, None, None],
     )
 
 
 def _is_last(index, last_chunk: jax.Array, starts: jax.Array) -> jax.Array:
-    """Which chunks of group `index` are their row's `last_chunk`, (N, B, 1, 1, 1, 1)."""
+    """Which chunks of group `index` are their row's `last_chunk`, (N, B, 1, 1, 1)."""
     N = starts.shape[0]
-    return (index * N + jnp.arange(N)[:, None] == last_chunk)[..., None, None, None, None]
+    return (index * N + jnp.arange(N)[:, None] == last_chunk[None])[..., None, None, None]
 
 
 def _within(x: jax.Array, masks: _Masks | None) -> jax.Array:
@@ -310,25 +313,9 @@ def _both(k: jax.Array, v: jax.Array, masks: _Masks | None) -> jax.Array:
     return z if masks is None else jnp.where(masks.end, z, 0)
 
 
-def _flat(states: jax.Array) -> jax.Array:
-    """States (N, B, G, 2, M, W) with flattened planes, (N, B, G, 2M, W)."""
-    return states.reshape(*states.shape[:3], -1, states.shape[-1])
-
-
-def _planes(rows: jax.Array) -> jax.Array:
-    """Rows (..., 2M) as planes (..., 2, M)."""
-    return rows.reshape(*rows.shape[:-1], 2, -1)
-
-
-def _conjugate(planes: jax.Array, axis: int = -2) -> jax.Array:
-    shape = [1] * planes.ndim
-    shape[axis] = 2
-    return planes * jnp.asarray([1, -1], planes.dtype).reshape(shape)
-
-
-def _rotate(rows: jax.Array, rotations: jax.Array) -> jax.Array:
-    """Rows of flattened planes (B, G, N, J, K, 2M), each mode times its complex number of rotations (G, K, 2, M)."""
-    return multiply(_planes(rows), rotations[:, None, None]).reshape(rows.shape)
+def _decay(rows: jax.Array, decays: jax.Array) -> jax.Array:
+    """Rows of flattened planes (B, G, N, J, K, 2M), each mode times its complex number of decays (G, K, 2, M)."""
+    return flatten_planes(complex_multiply(to_planes(rows), decays[None, :, None, None]))
 
 
 def _skew(x: jax.Array) -> jax.Array:
@@ -340,36 +327,46 @@ def _skew(x: jax.Array) -> jax.Array:
 
 
 def _states(z, tables: Tables, first, masks: _Masks | None, scan) -> tuple[jax.Array, jax.Array]:
-    """The states at the chunks' starts, (N, B, G, 2, M, W), and after the last, from what the tokens add."""
-    own = product("bgnsw,gsm->nbgmw", z, tables.lags[:, ::-1], z.dtype)
-    own = own.reshape(own.shape[0], *first.shape).astype(first.dtype)
-    decay = tables.rotations[:, -1, ..., None]  # lambda^K
-    return scan(decay, own, None if masks is None else masks.keep, first)
+    """The states at the chunks' starts, (N, B, G, W, 2M), and after the last, from what the tokens add."""
+    increments = einsum_f32("bgnsw,gsm->nbgwm", z, tables.lags[:, ::-1], z.dtype).astype(first.dtype)
+    return scan(tables.decays[:, -1], increments, None if masks is None else masks.continues, first)
 
 
 def _read(q, k, X_k, tables: Tables, masks: _Masks | None) -> _Read:
     dtype = q.dtype
-    scores = _skew(_within(product("bgnjtr,bgnsr->bgnjts", q, k, dtype), masks))
-    found = product("bgnjtr,nbgmr->bgnjtm", q, X_k, dtype)
-    carried = _from_start(_rotate(found, tables.rotations), masks)
-    w = product("bgnjtl,glm->bgnjtm", scores, tables.spread, dtype)
-    w = w + product("bgnjtm,gom->bgnjto", carried, tables.readout, dtype)
-    weights = _within(_skew(product("bgnjtm,glm->bgnjtl", w, tables.lags, dtype)), masks)
-    turned = _from_start(_rotate(w, _conjugate(tables.rotations)), masks)
-    return _Read(scores, found, carried, w, turned, weights)
+    scores = _skew(_within(einsum_f32("bgnjtr,bgnsr->bgnjts", q, k, dtype), masks))
+    response = einsum_f32("bgnjtr,nbgrm->bgnjtm", q, X_k, dtype)
+    decayed_response = _from_start(_decay(response, tables.decays), masks)
+    w = einsum_f32("bgnjtl,glm->bgnjtm", scores, tables.spread, dtype)
+    w = w + einsum_f32("bgnjtm,gom->bgnjto", decayed_response, tables.readout, dtype)
+    weights = _within(_skew(einsum_f32("bgnjtm,glm->bgnjtl", w, tables.lags, dtype)), masks)
+    decayed_w = _from_start(_decay(w, conjugate(tables.decays)), masks)
+    return _Read(scores, response, decayed_response, w, decayed_w, weights)
 
 
-def _convolve(z, starts, tables: Tables, folded, masks: _Masks | None) -> jax.Array:
-    """y (B, G, N, K, W) from z (B, G, N, K, W), the chunks' start states and c_out^T C (G, 2M)."""
+def _convolve(z, starts, tables: Tables, row, masks: _Masks | None) -> jax.Array:
+    """y (B, G, N, K, W) from z (B, G, N, K, W), the chunks' start states and c_out^T C, row (G, 2M)."""
     dtype = z.dtype
     K = z.shape[3]
-    kernel = jnp.einsum("gm,glm->gl", folded, tables.lags, precision="highest")
+    kernel = jnp.einsum("gm,glm->gl", row, tables.lags, precision="highest")
     toeplitz = _skew(jnp.broadcast_to(kernel[:, None], (kernel.shape[0], K, K)))
     if masks is None:
-        y = product("gts,bgnsw->bgntw", toeplitz, z, dtype)
+        y = einsum_f32("gts,bgnsw->bgntw", toeplitz, z, dtype)
     else:
-        y = product("bgnts,bgnsw->bgntw", jnp.where(masks.within[:, :, :, 0], toeplitz[:, None], 0), z, dtype)
-    # Re(c_out^T C lambda^{t+1} X): the folded row already carries the sign of the real part.
-    rows = multiply(_planes(folded)[:, None], _conjugate(tables.rotations))
-    carried = product("gtm,nbgmw->bgntw", rows.reshape(*rows.shape[:2], -1), _flat(starts), dtype)
-    return (y + (carried if masks is None else jnp.where(masks.start[:, :, :, 0], carried, 0))).astype(dtype)
+        weights = jnp.where(masks.within[:, :, :, 0], toeplitz[None, :, None], 0)
+        y = einsum_f32("bgnts,bgnsw->bgntw", weights, z, dtype)
+    # Re(c_out^T C lambda^{t+1} X): the row already carries the sign of the real part.
+    rows = flatten_planes(complex_multiply(to_planes(row)[:, None], conjugate(tables.decays)))
+    from_start = einsum_f32("gtm,nbgwm->bgntw", rows, starts, dtype)
+    return (y + (from_start if masks is None else jnp.where(masks.start[:, :, :, 0], from_start, 0))).astype(dtype)
+
+
+BACKEND = Backend(name="chunkwise", rule=(forward, backward), linear=linear)
+ASSOCIATIVE = Backend(
+    name="associative",
+    rule=(
+        partial(forward, scan=associative_scan, group=None),
+        partial(backward, scan=associative_scan, group=None),
+    ),
+    linear=partial(linear, scan=associative_scan),
+)

@@ -12,11 +12,12 @@ the real part ("real"), so that o = Re(w^T X_v) without ever forming U = C X_k o
 Everything here is a function of the parameters alone: small, computed once a call, in float32 or float64.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from idattn.ops.planes import complex_matrix, complex_multiply, conjugate
 
 
 class Basis(NamedTuple):
@@ -34,14 +35,6 @@ class Basis(NamedTuple):
     a_log: jax.Array
     a_imag: jax.Array
     c: jax.Array | tuple[jax.Array, jax.Array] | None
-
-
-def multiply(x: jax.Array, y: jax.Array, axis: int = -2) -> jax.Array:
-    """The complex product of two arrays of planes: axis `axis` of both holds the real and the imaginary part."""
-    x_re, x_im = jnp.moveaxis(x, axis, 0)
-    y_re, y_im = jnp.moveaxis(y, axis, 0)
-    # Both operands have at least the axes behind the planes, so `axis` counts from the end of the result too.
-    return jnp.stack([x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re], axis=axis)
 
 
 def discretize(basis: Basis) -> tuple[jax.Array, jax.Array]:
@@ -67,36 +60,15 @@ def _phi1(z: jax.Array) -> jax.Array:
     near = jnp.where(small, z, 0)
     # Horner's scheme of sum_n z^n / (n + 1)!, as a loop to keep the program small.
     divisors = jnp.arange(terms, 1, -1, dtype=z.dtype)
-    series, _ = jax.lax.scan(lambda sum_, n: (one + multiply(near, sum_) / n, None), one, divisors)
+    series, _ = jax.lax.scan(lambda sum_, n: (one + complex_multiply(near, sum_) / n, None), one, divisors)
 
     far = jnp.where(small, one, z)
     x, y = far[..., 0, :], far[..., 1, :]
     minus_one_re = jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2  # exp(x + iy) - 1 without cancellation
     minus_one = jnp.stack([minus_one_re, jnp.exp(x) * jnp.sin(y)], axis=-2)
     unit = far / jnp.where(small, 1, scale)
-    conjugate = unit * jnp.asarray([1, -1], z.dtype)[:, None]
-    quotient = multiply(minus_one, conjugate) / jnp.sum(unit**2, axis=-2, keepdims=True)
+    quotient = complex_multiply(minus_one, conjugate(unit)) / jnp.sum(unit**2, axis=-2, keepdims=True)
     return jnp.where(small, series, quotient / jnp.where(small, 1, scale))
-
-
-def powers(lam: jax.Array, count: int) -> jax.Array:
-    """lambda^0 ... lambda^count, (count + 1, G, 2, M), by repeated squaring: no large phase is ever formed."""
-    table = jnp.zeros_like(lam).at[:, 0].set(1)[None]
-    square = lam
-    for _ in range(math.ceil(math.log2(count + 1))):
-        table = jnp.concatenate([table, multiply(table, square)])
-        square = multiply(square, square)
-    return table[: count + 1]
-
-
-def power(lam: jax.Array, count: jax.Array, most: int) -> jax.Array:
-    """lambda^count, planes (B, G, 2, M), for counts (B,) from 0 to `most`, by repeated squaring as above."""
-    result = jnp.zeros_like(lam).at[:, 0].set(1)[None]
-    square = lam
-    for bit in range(most.bit_length()):
-        result = jnp.where((count >> bit & 1)[:, None, None, None] == 1, multiply(result, square), result)
-        square = multiply(square, square)
-    return result
 
 
 def output_matrices(basis: Basis, readout: str) -> tuple[jax.Array, jax.Array]:
@@ -107,16 +79,20 @@ def output_matrices(basis: Basis, readout: str) -> tuple[jax.Array, jax.Array]:
       readout: "transpose", "hermitian" or "real".
     """
     dtype = basis.a_log.dtype
-    eye = jnp.eye(basis.a_log.shape[1], dtype=dtype)
+    eye = jnp.eye(basis.a_log.shape[1], dtype=dtype)[None]
     if basis.c is None:
-        c_re, c_im = jnp.broadcast_to(eye, basis.a_log.shape + eye.shape[1:]), jnp.zeros((), dtype)
+        c_re, c_im = jnp.broadcast_to(eye, basis.a_log.shape + eye.shape[2:]), jnp.zeros((1, 1, 1), dtype)
     else:
         c_re, c_im = basis.c if isinstance(basis.c, tuple) else (basis.c.real, basis.c.imag)
         if c_re.ndim == 2:
             c_re, c_im = c_re[..., None] * eye, c_im[..., None] * eye
     c_im = jnp.broadcast_to(c_im, c_re.shape)
-    f = jnp.asarray({"transpose": [1, 1], "hermitian": [1, -1], "real": [1, 0]}[readout], dtype)
-    to_u = jnp.block([[c_re, -c_im], [c_im, c_re]])
+    re, im = {"transpose": (1, 1), "hermitian": (1, -1), "real": (1, 0)}[readout]  # f scales the two planes
     t_re, t_im = c_re.swapaxes(-1, -2), c_im.swapaxes(-1, -2)
-    to_w = jnp.block([[t_re * f[0], -t_im * f[1]], [t_im * f[0], t_re * f[1]]])
-    return to_u, to_w
+    return complex_matrix(c_re, c_im), jnp.block([[t_re * re, -t_im * im], [t_im * re, t_re * im]])
+
+
+def linear_readout_row(basis: Basis, c_out: jax.Array) -> jax.Array:
+    """c_out^T C as a row (G, 2M) that reads Re(c_out^T C X) off flattened planes of X, from c_out (G, M)."""
+    to_u, _ = output_matrices(basis, "transpose")
+    return jnp.einsum("gm,gmn->gn", c_out, to_u[:, : c_out.shape[1]], precision="highest")

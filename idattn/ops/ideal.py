@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from idattn.choices import FEATURES, check_choice
-from idattn.ops.segments import PADDING, document_positions
+from idattn.ops.segments import PADDING, Segments, document_positions, find_segments
+from idattn.shapes import SegmentIds
 
 
 class IdealState(NamedTuple):
@@ -39,7 +40,7 @@ def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, 
       seed: of NumPy's default generator.
       kind: "positive" or "fourier".
       num_features: R, even for "fourier", which makes two features of a frequency.
-      shape: width of what the features are of, behind as many axes as there are sets of them (H, width).
+      shape: (width,) of what the features are of, or (H, width) for H sets of them.
     """
     check_choice("kind", kind, FEATURES)
     pairs = kind == "fourier"
@@ -69,7 +70,7 @@ def random_features(x: jax.Array, frequencies: jax.Array, kind: str) -> jax.Arra
 
 
 def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Array:
-    """E - I, with E = exp(-A ln(t / (t - 1))), of the token behind `position` = t - 1 others, (..., M, M).
+    """E - I, with E = exp(-A ln(t / (t - 1))), of the token after `position` = t - 1 others, (..., M, M).
 
     E turns a signal's coefficients over [0, t - 1] into those over [0, t] of the signal that goes on with zero. Its
     entries are therefore (1 - 1/t) int_0^1 g_n((1 - 1/t) x) g_k(x) dx, which Gauss's rule of M nodes integrates exactly
@@ -131,7 +132,7 @@ def ideal_attention(
     v: jax.Array,
     num_modes: int,
     *,
-    segment_ids: jax.Array | None = None,
+    segment_ids: SegmentIds | Segments | None = None,
     initial_state: IdealState | None = None,
     floor: float = 1e-6,
 ) -> tuple[jax.Array, IdealState]:
@@ -178,8 +179,9 @@ def ideal_attention(
             f"the state of shape {initial_state.coefficients.shape} must have the shape {shape}: B H M R+E."
         )
     ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-    positions, end = document_positions(ids, initial_state.position)
-    is_token = ids != PADDING
+    segments = ids if isinstance(ids, Segments) else find_segments(ids)
+    positions, end = document_positions(segments, initial_state.position)
+    is_token = segments.run != PADDING
     # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
     q, k, v = (jnp.where(is_token[..., None, None], x, 0) for x in (q, k, v))
 

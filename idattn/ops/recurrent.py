@@ -10,11 +10,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from idattn.ops.backend import Backend
 from idattn.ops.discretize import Basis, discretize
-from idattn.ops.segments import PADDING, run_index
+from idattn.ops.segments import PADDING, Segments
 
 
-def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout):
+def interdomain(q, k, v, basis, initial_state, segments, *, readout):
     """Eq. 11 and 13 token by token; shapes as in `idattn.ops.interdomain_attention`."""
     B, T, H, R = q.shape
     G, E = k.shape[2], v.shape[-1]
@@ -31,18 +32,18 @@ def interdomain(q, k, v, basis, initial_state, segment_ids, *, readout):
         return jnp.einsum("bgjm,bgme->bgje", xi_u, gamma).real.reshape(B, H, E)
 
     z = jnp.concatenate([k, v], axis=-1).astype(dtype)
-    o, state = _scan(read, z, basis, initial_state, segment_ids, q.astype(dtype))
+    o, state = _scan(read, z, basis, initial_state, segments, q.astype(dtype))
     return o.astype(q.dtype), state
 
 
-def linear(z, basis, c_out, initial_state, segment_ids):
+def linear(z, basis, c_out, initial_state, segments, *, chunk_size=None):
     """The learned linear readout Re(c_out^T C X_t) token by token; shapes as in `idattn.ops.linear_readout`."""
     c = _complex_c(basis)
 
     def read(state, _):
         return jnp.einsum("gm,gmn,bgnw->bgw", c_out, c, state).real
 
-    y, state = _scan(read, z.astype(initial_state.dtype), basis, initial_state, segment_ids, None)
+    y, state = _scan(read, z.astype(initial_state.dtype), basis, initial_state, segments, None)
     return y.astype(z.dtype), state
 
 
@@ -51,25 +52,23 @@ def _complex_c(basis: Basis) -> jax.Array:
     if basis.c is None:
         return jnp.broadcast_to(jnp.eye(M, dtype=basis.a_log.dtype), (*basis.a_log.shape, M))
     c = jax.lax.complex(*basis.c) if isinstance(basis.c, tuple) else basis.c
-    return c if c.ndim == 3 else c[..., None] * jnp.eye(M, dtype=c.dtype)
+    return c if c.ndim == 3 else c[..., None] * jnp.eye(M, dtype=c.dtype)[None]
 
 
-def _scan(read, z, basis, initial_state, segment_ids, queries):
+def _scan(read, z, basis, initial_state, segments: Segments | None, queries):
     """X_t = Lambda X_{t-1} + B z_t^T over t, and what `read` makes of every X_t."""
     B, T = z.shape[:2]
     lam, beta = (jax.lax.complex(planes[:, 0], planes[:, 1])[:, :, None] for planes in discretize(basis))
-    if segment_ids is None:
-        segment_ids = jnp.zeros((B, T), jnp.int32)
-    runs = run_index(segment_ids)
-    starts = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
-    is_token = segment_ids != PADDING
+    run = jnp.zeros((B, T), jnp.int32) if segments is None else segments.run
+    starts = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
+    is_token = run != PADDING
     # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
     z, queries = jax.tree.map(lambda x: jnp.where(is_token[..., None, None], x, 0), (z, queries))
 
     def advance(state, inputs):
         z_t, q_t, starts_t, is_token_t = inputs
         before = jnp.where(starts_t[:, None, None, None], 0, state)
-        after = lam * before + beta * z_t[:, :, None, :]
+        after = lam[None] * before + beta[None] * z_t[:, :, None, :]
         state = jnp.where(is_token_t[:, None, None, None], after, state)
         return state, jnp.where(is_token_t[:, None, None], read(state, q_t), 0)
 
@@ -84,7 +83,11 @@ def _scan(read, z, basis, initial_state, segment_ids, queries):
     def advance_segment(state, inputs):
         return jax.lax.scan(advance, state, inputs)
 
-    state = jax.lax.complex(initial_state[:, :, 0], initial_state[:, :, 1])
+    re, im = jnp.split(initial_state.swapaxes(-1, -2), 2, axis=-2)  # (B, G, M, W) each
+    state = jax.lax.complex(re, im)
     state, outputs = jax.lax.scan(advance_segment, state, jax.tree.map(in_segments, (z, queries, starts, is_token)))
     outputs = jnp.moveaxis(outputs.reshape(-1, *outputs.shape[2:])[:T], 0, 1)
-    return outputs, jnp.stack([state.real, state.imag], axis=2)
+    return outputs, jnp.concatenate([state.real, state.imag], axis=-2).swapaxes(-1, -2)
+
+
+BACKEND = Backend(name="recurrent", interdomain=interdomain, linear=linear)

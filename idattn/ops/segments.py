@@ -5,38 +5,45 @@ everything is decided on *runs* of equal ids, numbered 0, 1, ... along the row; 
 the one that an initial state continues.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 PADDING = -1
 
 
-def run_index(segment_ids: jax.Array) -> jax.Array:
-    """The number of the run that each token belongs to, (B, T) int32, from segment ids (B, T)."""
+class Segments(NamedTuple):
+    """The documents of the rows of a batch."""
+
+    run: jax.Array  # (B, T) int32, the number of the token's run in its row; PADDING for padding
+    last: jax.Array  # (B,) int32, the index of the last token that is not padding; -1 where there is none
+
+
+def find_segments(segment_ids: jax.Array) -> Segments:
+    """The documents that segment ids (B, T), integers of any kind, describe."""
+    segment_ids = jnp.asarray(segment_ids)
+    is_signed = jnp.issubdtype(segment_ids.dtype, jnp.signedinteger)
+    is_token = segment_ids != PADDING if is_signed else jnp.ones(segment_ids.shape, bool)
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-
-def last_token(segment_ids: jax.Array) -> jax.Array:
-    """The index of each row's last token that is not padding, (B,) int32; -1 where there is none."""
+    run = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    return jnp.max(jnp.where(segment_ids != PADDING, index, -1), axis=1)
+    return Segments(jnp.where(is_token, run, PADDING), jnp.max(jnp.where(is_token, index, -1), axis=1))
 
 
-def document_positions(segment_ids: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def document_positions(segments: Segments, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each token's position in its document, and the position that the next token would have.
 
     Args:
-      segment_ids: (B, T).
+      segments: of the tokens.
       start: (B,) position of token 0, whose document may have begun earlier.
 
     Returns:
       Positions (B, T) int32, and (B,) int32: one past the last token that is not padding (`start` where all is).
     """
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    runs = run_index(segment_ids)
-    begins = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
-    positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1) + jnp.where(runs == 0, start[:, None], 0)
-    last = last_token(segment_ids)
+    run, last = segments
+    index = jnp.arange(run.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
+    positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1) + jnp.where(run == 0, start[:, None], 0)
     after = jnp.take_along_axis(positions, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1
     return positions, jnp.where(last >= 0, after, start)

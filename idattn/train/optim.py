@@ -6,7 +6,6 @@ import optax
 from flax import nnx
 
 from idattn.config import OptimConfig
-from idattn.nn.layers import MatrixParam, SSMParam
 
 
 def learning_rate(config: OptimConfig, steps: int, *, ssm: bool = False) -> optax.Schedule:
@@ -26,8 +25,13 @@ def learning_rate(config: OptimConfig, steps: int, *, ssm: bool = False) -> opta
     return lambda count: schedule(count + 1)  # the first update is not lost on a rate of 0
 
 
+def group_of(variable: nnx.Variable) -> str:
+    """The optimiser's group of a parameter, as of `idattn.nn.param`."""
+    return variable.get_metadata().get("group", "other")
+
+
 def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
-    """AdamW on nested dicts of the model's parameters, whose types say which group each belongs to.
+    """AdamW on nested dicts of the model's parameters, whose metadata say which group each belongs to.
 
     Args:
       config: the recipe.
@@ -52,6 +56,6 @@ def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, tree_of(lambda v: isinstance(v, MatrixParam))),
-        optax.partition(rates, tree_of(lambda v: "ssm" if isinstance(v, SSMParam) else "other")),
+        optax.add_decayed_weights(config.weight_decay, tree_of(lambda v: group_of(v) == "matrix")),
+        optax.partition(rates, tree_of(lambda v: "ssm" if group_of(v) == "ssm" else "other")),
     )

@@ -117,19 +117,20 @@ def test_caches_grow_and_stay_what_they_are():
     """A cache that is too small gets more room; what it holds of other rows or of no row at all is never seen."""
     decoder = make_decoder(("softmax",))
     roomy, tight = (decoder.prefill(*right_pad(RAGGED), max_tokens=n) for n in (64, 0))
-    assert (roomy.layers[0].k.shape[3], tight.layers[0].k.shape[3]) == (64, T)
-    stale = [x._replace(k=x.k.at[..., T:, :].set(9e3), v=x.v.at[..., T:, :].set(9e3)) for x in roomy.layers]
-    written, context = write(decoder, roomy._replace(layers=stale), N)
+    assert tuple(context.state.memories[0].capacity() for context in (roomy, tight)) == (64, T)
+    (cache,) = roomy.state.memories
+    stale = cache.replace(k=cache.k.at[..., T:, :].set(9e3), v=cache.v.at[..., T:, :].set(9e3))
+    written, context = write(decoder, roomy._replace(state=roomy.state._replace(memories=[stale])), N)
     np.testing.assert_array_equal(write(decoder, tight, N)[0], written)
 
 
 def test_bfloat16_states_take_half_and_change_little():
     exact, rounded = (make_decoder(("interdomain",), state_dtype=dtype) for dtype in ("float32", "bfloat16"))
     results = [decoder.score(TOKENS) for decoder in (exact, rounded)]
-    assert [c.layers[0].state.dtype for *_, c in results] == ["float32", "bfloat16"]
+    assert [c.state.memories[0].state.dtype for *_, c in results] == ["float32", "bfloat16"]
     error = np.sqrt(np.mean((results[0][0] - results[1][0]) ** 2) / np.mean(results[0][0] ** 2))
     assert 1e-5 < error < 0.02
-    assert write(rounded, results[1][2], 2)[1].layers[0].state.dtype == "bfloat16"
+    assert write(rounded, results[1][2], 2)[1].state.memories[0].state.dtype == "bfloat16"
 
 
 def test_weights_are_cast_once():

@@ -31,7 +31,7 @@ def test_a_context_goes_on_where_it_was_saved(decoder, tmp_path):
     ours, theirs = (decoder.decode(c, settings)[0] for c in (restored, context))
     np.testing.assert_array_equal(ours, theirs)
     rounding = Decoder(make_model(*PATTERN), chunk_size=16, state_dtype="bfloat16")
-    assert load_context(tmp_path / "short", rounding).layers[0].state.dtype == "bfloat16"
+    assert load_context(tmp_path / "short", rounding).state.memories[0].state.dtype == "bfloat16"
 
 
 def test_a_file_is_as_large_for_any_prompt(tmp_path):

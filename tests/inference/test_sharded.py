@@ -41,7 +41,7 @@ def test_a_mesh_changes_nothing(mixers, tmp_path):
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(outputs), strict=True):
         assert_close(ours, theirs, "float32", reduction=T * 16)
     up = decoder.params["groups"]["block_0"]["mlp"]["up"]["weight"]
-    state = context.layers[0][0]
+    state = jax.tree.leaves(context.state.memories[0])[0]
     assert up.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")), 3)
     assert state.sharding.shard_shape(state.shape)[1:3] == (2, 1)  # rows and heads, (layers, B, G, ...)
     assert decoder._decode._cache_size() == 1

@@ -9,15 +9,16 @@ import pytest
 from flax import nnx
 from helpers import assert_close
 
-from idattn.config import IdealConfig
+from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig
 from idattn.nn import IdealAttention
 
 B, T, D, H, M = 2, 9, 12, 2, 5
 
 
 def make(dtype="float32", **ideal):
-    config = IdealConfig(num_features=8, **ideal)
-    layer = IdealAttention(D, H, num_modes=M, ideal=config, init_std=0.5, residual_std=0.5, rngs=nnx.Rngs(1))
+    options = dict(init_std=0.5, ssm=SSMConfig(num_modes=M), ideal=IdealConfig(num_features=8, **ideal))
+    config = ModelConfig.tiny("ideal", model_dim=D, num_heads=H, **options)
+    layer = IdealAttention(config, residual_std=0.5, compute=ComputeConfig(), rngs=nnx.Rngs(1))
     return layer, jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), dtype)
 
 
@@ -44,7 +45,7 @@ def test_equals_its_definition(features):
     o, coefficients = oracles.ideal_forward(xi(q), xi(k), v, M, 0.3)
     expected = o.reshape(B, T, D) @ np.asarray(layer.output.weight[...], np.float64)
     assert_close(y, expected, "float32", reduction=T * D)
-    assert_close(state.state, coefficients, "float32", reduction=T * D)
+    assert_close(state.memory.coefficients, coefficients, "float32", reduction=T * D)
     np.testing.assert_array_equal(state.position, [T] * B)
 
 
@@ -57,7 +58,8 @@ def test_features_are_drawn_from_the_seed_and_no_parameters():
     y, _ = run(layer, x)
     other = nnx.merge(nnx.graphdef(layer), nnx.state(layer))
     np.testing.assert_array_equal(run(other, x)[0], y)  # as a checkpoint would bring it back
-    other.ideal = dataclasses.replace(layer.ideal, seed=1)
+    ideal = dataclasses.replace(layer.config.ideal, seed=1)
+    other.config = dataclasses.replace(layer.config, ideal=ideal)
     assert not np.allclose(run(other, x)[0], y, rtol=1e-2)
 
 
@@ -65,10 +67,5 @@ def test_bfloat16_computes_features_and_state_in_float32():
     layer, x = make()
     exact, _ = run(layer, x)
     y, state = run(layer, x.astype(jnp.bfloat16))
-    assert (y.dtype, state.state.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (y.dtype, state.memory.coefficients.dtype) == (jnp.bfloat16, jnp.float32)
     assert 1e-4 < np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)) < 0.02
-
-
-def test_bad_sizes():
-    with pytest.raises(ValueError, match="num_heads=5 must divide model_dim=12"):
-        IdealAttention(12, 5, rngs=nnx.Rngs(0))

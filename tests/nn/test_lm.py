@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import assert_close
 
 from idattn.config import ComputeConfig, ModelConfig
-from idattn.nn import LanguageModel
+from idattn.nn import Documents, LanguageModel
 from idattn.nn.lm import Block
 
 COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
@@ -38,11 +38,12 @@ def test_scanned_layers_equal_a_loop_over_them():
         group = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
         assert [type(b) for b in group.blocks] == [Block] * 3
         for block in group.blocks:
-            x, _ = nnx.jit(lambda block, x: block(x, None, None))(block, x)
+            documents = Documents(jnp.broadcast_to(jnp.arange(11)[None], (2, 11)))
+            x, _ = nnx.jit(lambda block, x, documents: block(x, documents, None))(block, x, documents)
     expected = model.final_norm(x) @ model.head.weight[...]
     assert_close(run(model, tokens())[0], expected, "float32", reduction=12)
     first, second = (jax.tree.map(lambda p, i=i: p[i], params) for i in range(2))
-    weights = (g["block_0"]["mixer"]["first"]["weight"][...] for g in (first, second))
+    weights = (g["block_0"]["mixer"]["key"]["weight"][...] for g in (first, second))
     assert not np.array_equal(*weights)  # every repetition has its own parameters
 
 
@@ -65,7 +66,7 @@ def test_init_follows_the_recipe():
     for weight, std in (
         (model.embedding, 0.02),
         (model.head.weight, 0.02),
-        (block.mixer.first.weight, 0.02),
+        (block.mixer.key.weight, 0.02),
         (block.mlp.up.weight, 0.02),
         (block.mixer.output.weight, 0.02 / 4),  # sqrt(2 L) = 4
         (block.mlp.down.weight, 0.02 / 4),
@@ -80,7 +81,7 @@ def test_bfloat16_computes_close_to_float32():
     model = make(*HYBRID, compute=dataclasses.replace(COMPUTE, dtype="bfloat16"))
     hidden, state = model.hidden(ids, state=model.init_state(2, 40))
     assert hidden.dtype == jnp.bfloat16
-    assert state[0].state.dtype == jnp.float32
+    assert state.memories[0].state.dtype == jnp.float32
     logits, _ = run(model, ids)
     assert logits.dtype == jnp.float32
     error = np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2))

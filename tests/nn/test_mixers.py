@@ -10,25 +10,22 @@ import pytest
 from flax import nnx
 from helpers import assert_close
 
-from idattn.config import CELLS, MIXERS, ComputeConfig, IdealConfig, ModelConfig, SSMConfig
-from idattn.nn import IdealAttention, InterdomainAttention, LanguageModel, SoftmaxAttention, SSMMixer
-from idattn.nn.layers import SSMParam
+from idattn.choices import CELLS, MIXERS, find_mixer
+from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig
+from idattn.nn import InterdomainAttention, LanguageModel, SSMMixer
 
 COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
 B, T, D = 2, 11, 12
 
 
 def make_mixer(name, **ssm):
-    config = ModelConfig.tiny(name, ssm=SSMConfig(num_modes=5, **ssm))
-    kind = MIXERS[name]
-    if kind.softmax:
-        return SoftmaxAttention(config, residual_std=0.5, rngs=nnx.Rngs(1))
-    if kind.ideal:
-        ideal = IdealConfig(num_features=8)
-        return IdealAttention(D, 2, num_modes=5, ideal=ideal, init_std=0.5, residual_std=0.5, rngs=nnx.Rngs(1))
-    mixer = SSMMixer(config, kind, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
-    for value in (mixer.core.first_norm, mixer.core.second_norm):
-        value.bias[...] = jax.random.normal(jax.random.key(3), value.bias.shape)
+    std = 0.5 if name == "ideal" else 0.02
+    ideal = IdealConfig(num_features=8)
+    config = ModelConfig.tiny(name, init_std=std, ssm=SSMConfig(num_modes=5, **ssm), ideal=ideal)
+    mixer = find_mixer(name)(config, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
+    if isinstance(mixer, SSMMixer):
+        for norm in (mixer.core.key_norm, mixer.core.value_norm):
+            norm.bias[...] = jax.random.normal(jax.random.key(3), norm.bias.shape)
     return mixer
 
 
@@ -57,7 +54,7 @@ def silu(x):
 @pytest.mark.parametrize("gate", [False, True])
 def test_ssm_mixers_equal_their_definition(name, gate):
     """The whole mixer in numpy, around the oracle's recurrence."""
-    mixer, x, kind = make_mixer(name, output_gate=gate), inputs(), MIXERS[name]
+    mixer, x, kind = make_mixer(name, output_gate=gate), inputs(), find_mixer(name)
     state = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
     state |= state.pop("core")
     z = np.asarray(x, np.float64)
@@ -80,15 +77,15 @@ def test_ssm_mixers_equal_their_definition(name, gate):
     def normalise(name, y):
         return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * state[name]["scale"] + state[name]["bias"]
 
-    first = convolve("first", z @ state["first"]["weight"])
-    second = z @ state["second"]["weight"]
-    second = second if kind.feature_map else convolve("second", second)
-    k = normalise("first_norm", prepare(first, kind.feature_map))
-    v = normalise("second_norm", second.reshape(B, T, 2, 6))
+    key = convolve("key", z @ state["key"]["weight"])
+    value = z @ state["value"]["weight"]
+    value = value if kind.feature_map else convolve("value", value)
+    k = normalise("key_norm", prepare(key, kind.feature_map))
+    v = normalise("value_norm", value.reshape(B, T, 2, 6))
     basis = state["basis"]
     case = {name: basis[name] for name in ("log_delta", "a_log", "a_imag")}
     case |= {"c_re": basis["c"][0], "c_im": basis["c"][1]}
-    if kind.query_readout:
+    if kind.readout.by_query:
         q = prepare(convolve("query", z @ state["query"]["weight"]), True)
         o, _ = oracles.forward(case | {"q": q, "k": k, "v": v}, "transpose")
     else:
@@ -193,7 +190,7 @@ def test_query_heads_that_share_a_state():
     """heads_per_kv = H gives a single state, an H-th of the recurrent memory."""
     layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), compute=COMPUTE, num_modes=5, heads_per_kv=2)
     _, state = run(layer, inputs())
-    assert state.state.shape == (B, 1, 12, 2 * 5)
+    assert state.memory.state.shape == (B, 1, 12, 2 * 5)
     with pytest.raises(ValueError, match="heads_per_kv=2 needs a readout by queries"):
         make_mixer("s4d", heads_per_kv=2)
 
@@ -220,8 +217,13 @@ def test_bad_sizes_of_the_layer():
         InterdomainAttention(12, 2, rngs=nnx.Rngs(0), modes=3)
 
 
-def test_parameters_of_the_layer_are_marked_for_their_group():
+def test_parameters_of_the_layer_name_their_group():
     layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), num_modes=5)
-    marked = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, SSMParam))}
-    norms = {f"core.{n}_norm.{p}" for n in ("first", "second") for p in ("scale", "bias")}
-    assert marked == norms | {f"core.basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}
+    groups = {}
+    for path, variable in nnx.to_flat_state(nnx.state(layer)):
+        assert type(variable) is nnx.Param  # a type of one's own is a collection of its own in flax.linen
+        groups.setdefault(variable.get_metadata("group"), set()).add(".".join(map(str, path)))
+    norms = {f"core.{n}_norm.{p}" for n in ("key", "value") for p in ("scale", "bias")}
+    assert groups["ssm"] == norms | {f"core.basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}
+    assert groups["matrix"] == {f"{n}.weight" for n in ("key", "value", "query", "output")}
+    assert groups["other"] == {f"core.{n}_conv.{p}" for n in ("key", "query") for p in ("taps", "bias")}

@@ -17,16 +17,16 @@ def in_blocks(case, read, width):
     c = (case["c_re"], case["c_im"]) if "c_re" in case else None
     basis = Basis(case["log_delta"], case["a_log"], case["a_imag"], c)
     z = case["z"] if "z" in case else jnp.concatenate([case["k"], case["v"]], axis=-1)
-    state = blockwise.to_rows(case["initial_state"])
+    state = case["initial_state"]
     states = jnp.stack([jnp.full_like(state, np.nan), state])  # layer 1 of two
     outputs = []
     for start in range(0, T, K):
         block = blockwise.open_block(basis, len(z), K, width, z.dtype)
         for t in range(start, min(start + K, T)):
-            block = blockwise.add(block, z[:, t])
+            block = blockwise.add_token(block, z[:, t])
             outputs.append(read(t, basis, states, 1, block))
         states = states.at[1].set(blockwise.close_block(states[1], block))
-    return jnp.stack(outputs, axis=1), blockwise.to_planes(states[1])
+    return jnp.stack(outputs, axis=1), states[1]
 
 
 @pytest.mark.parametrize(("readout", "c"), [("transpose", "full"), ("hermitian", "diagonal"), ("real", "identity")])
@@ -55,5 +55,5 @@ def test_linear_readout():
 def test_a_block_without_tokens_changes_nothing():
     case = random_case(np.random.default_rng(2), B=1, T=1, H=2, G=2, R=4, E=3, M=5, c="identity")
     block = blockwise.open_block(Basis(case["log_delta"], case["a_log"], case["a_imag"], None), 1, K, 7, jnp.float32)
-    state = blockwise.to_rows(jnp.asarray(case["initial_state"], jnp.float32))
+    state = jnp.asarray(case["initial_state"], jnp.float32)
     np.testing.assert_array_equal(blockwise.close_block(state, block), state)

@@ -24,12 +24,8 @@ PADDING = helpers.PADDING
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted():
-    """Run the kernels interpreted, with NaN wherever they have not written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_tpu, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
-        yield
+# The kernels are interpreted, with NaN wherever they have not written.
+INTERPRETED = {"pallas_tpu": pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan"))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +100,7 @@ def attention(backend, chunk_size, readout, planes=True):
             case["k"],
             case["v"],
             basis_of(case, planes),
-            backend=backend,
+            backend=INTERPRETED.get(backend, backend),
             chunk_size=chunk_size,
             segment_ids=segment_ids,
             initial_state=case.get("initial_state"),
@@ -488,7 +484,7 @@ def test_extreme_parameters_without_rotation_are_accurate(backend):
     _, expected = oracles.forward(case, "transpose")
     _, state = quick(attention(backend, 4, "transpose"))(cast(case, "float32"))
     for g, m in np.ndindex(2, 2):
-        helpers.assert_close(state[:, g, :, m], expected[:, g, :, m], "float32", reduction=9, name=f"{g=} {m=}")
+        helpers.assert_close(state[:, g, :, m::2], expected[:, g, :, m::2], "float32", reduction=9, name=f"{g=} {m=}")
 
 
 def test_small_steps_keep_their_digits():
@@ -509,8 +505,7 @@ def test_small_steps_keep_their_digits():
     judge(attention("chunkwise", 4, "transpose"), case, "transpose", "float32", None, rng, check)
 
 
-def test_options_change_the_program_and_the_defaults_are_chunkwise(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", False)
+def test_options_change_the_program_and_the_defaults_are_chunkwise():
     case = cast(helpers.random_case(np.random.default_rng(4), B=1, T=9, initial_state=False, **SIZES), "float32")
     arguments = case["q"], case["k"], case["v"], basis_of(case)
     text = {options: jax.jit(attention(*options, "transpose")).lower(case).as_text() for options in _OPTIONS}
@@ -549,7 +544,7 @@ REFUSALS = {
     "M of the basis": ({"a_imag": zeros(2, 6)}, ["a_imag", "(2, 6)", "(2, 5)"]),
     "shape of c": ({"c": np.zeros((2, 5, 6), np.complex64)}, ["c", "(2, 5, 6)", "(2, 5, 5)"]),
     "planes of c": ({"c": (zeros(2, 5), zeros(2, 5, 5))}, ["c", "(2, 5)", "(2, 5, 5)"]),
-    "shape of the state": ({"initial_state": zeros(2, 2, 2, 5, 6)}, ["state", "(2, 2, 2, 5, 6)", "(2, 2, 2, 5, 7)"]),
+    "shape of the state": ({"initial_state": zeros(2, 2, 6, 10)}, ["state", "(2, 2, 6, 10)", "(2, 2, 7, 10)"]),
     "unknown backend": ({"backend": "chunkwize"}, ["backend", "'chunkwize'", "'chunkwise'"]),
     "unknown readout": ({"readout": "hermitan"}, ["readout", "'hermitan'", "'hermitian'"]),
     "chunk size": ({"chunk_size": 0}, ["chunk_size", "0", "1"]),
@@ -590,8 +585,8 @@ def test_recurrent_keeps_few_states():
 def test_step_and_linear_readout_refuse_too():
     good = valid_arguments()
     token = {name: good[name][:, 0] for name in ("q", "k", "v")} | {"basis": good["basis"]}
-    with pytest.raises(ValueError, match=r"state.*\(2, 2, 2, 5, 6\).*\(2, 2, 2, 5, 7\)"):
-        step(**token, state=jnp.ones((2, 2, 2, 5, 6)))
+    with pytest.raises(ValueError, match=r"state.*\(2, 2, 6, 10\).*\(2, 2, 7, 10\)"):
+        step(**token, state=jnp.ones((2, 2, 6, 10)))
     with pytest.raises(ValueError, match="'reel'.*'real'"):
         step(**token, state=good["initial_state"], readout="reel")
     with pytest.raises(ValueError, match=r"c_out.*\(2, 6\).*\(2, 5\)"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idattn.ops import interdomain_attention, pallas_tpu
+from idattn.ops import interdomain_attention
 from launch.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
 from launch.tpu_compiler import compile_for
 
@@ -26,11 +26,6 @@ ODD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def not_interpreted(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", False)
-
-
 def op(q, k, v, basis, g, segment_ids, *, backend="pallas_tpu"):
     """Outputs, final state and all cotangents."""
 
@@ -39,7 +34,7 @@ def op(q, k, v, basis, g, segment_ids, *, backend="pallas_tpu"):
         return interdomain_attention(q, k, v, basis, backend=backend, **options)
 
     B, _, G, R = k.shape
-    state = jnp.zeros((B, G, 2, basis.a_log.shape[1], R + v.shape[3]))
+    state = jnp.zeros((B, G, R + v.shape[3], 2 * basis.a_log.shape[1]))
     (o, state), pullback = jax.vjp(forward, q, k, v, basis, state)
     return o, state, pullback((g, state))
 

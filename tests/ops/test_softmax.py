@@ -10,7 +10,7 @@ from helpers import assert_close, segment_rows
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from idattn.ops import softmax_attention
-from idattn.ops.segments import run_index
+from idattn.ops.segments import find_segments
 from idattn.ops.softmax import splash
 
 B, T, H, R = 2, 256, 2, 64
@@ -42,7 +42,7 @@ def test_outputs_and_gradients(segments, kernel, monkeypatch):
     q, k, v, g = (rng.normal(size=(B, T, H, R)).astype(np.float32) for _ in range(4))
     rows = segment_rows(T, 64)
     ids = jnp.asarray(np.stack([rows["ids that come back"], rows["padding over a chunk border"]]), jnp.int32)
-    runs = run_index(ids) if segments else jnp.zeros((B, T), jnp.int32)
+    runs = find_segments(ids).run if segments else jnp.zeros((B, T), jnp.int32)
 
     def function(q, k, v):
         if kernel:

@@ -11,7 +11,8 @@ from flax import nnx
 from helpers import assert_close
 
 from configs.paper import get_config
-from idattn.config import MIXERS, ComputeConfig, ModelConfig, OptimConfig, from_config_dict
+from idattn.choices import MIXERS
+from idattn.config import ComputeConfig, ModelConfig, OptimConfig, from_config_dict
 from idattn.nn import LanguageModel
 from idattn.train.optim import learning_rate, make_optimizer
 
@@ -59,8 +60,8 @@ BLOCK_MATRICES = {"mlp.gate.weight", "mlp.up.weight", "mlp.down.weight", "mixer.
 BLOCK_PLAIN = {"mixer_norm.scale", "mlp_norm.scale"}
 SSM = {
     "mixer.core.basis.log_delta", "mixer.core.basis.a_log", "mixer.core.basis.a_imag", "mixer.core.basis.c",
-    "mixer.core.first_norm.scale", "mixer.core.first_norm.bias",
-    "mixer.core.second_norm.scale", "mixer.core.second_norm.bias",
+    "mixer.core.key_norm.scale", "mixer.core.key_norm.bias",
+    "mixer.core.value_norm.scale", "mixer.core.value_norm.bias",
 }  # fmt: skip
 
 
@@ -73,17 +74,17 @@ def matrices(*names):
 
 
 C_OUT = {"mixer.core.c_out"}
-QUERY_SSM = matrices("first", "second", "query"), convolution("first") | convolution("query")
+QUERY_SSM = matrices("key", "value", "query"), convolution("key") | convolution("query")
 # mixer: the mixer's matrices, what is neither a matrix nor of the SSM group, the SSM group
 GROUPS = {
     "interdomain": (*QUERY_SSM, SSM),
     "interdomain_norope": (*QUERY_SSM, SSM),
     "softmax": (matrices("query", "key", "value"), set(), set()),
     "ideal": (matrices("query", "key", "value"), set(), set()),
-    "single_query": (QUERY_SSM[0], QUERY_SSM[1] | convolution("second"), SSM),
-    "s4d": (matrices("first", "second"), convolution("first") | convolution("second"), SSM | C_OUT),
-    "s4d_rope": (matrices("first", "second"), convolution("first") | convolution("second"), SSM | C_OUT),
-    "dual_linear": (matrices("first", "second"), convolution("first"), SSM | C_OUT),
+    "single_query": (QUERY_SSM[0], QUERY_SSM[1] | convolution("value"), SSM),
+    "s4d": (matrices("key", "value"), convolution("key") | convolution("value"), SSM | C_OUT),
+    "s4d_rope": (matrices("key", "value"), convolution("key") | convolution("value"), SSM | C_OUT),
+    "dual_linear": (matrices("key", "value"), convolution("key"), SSM | C_OUT),
 }
 
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from helpers import assert_close
 
-from idattn.config import MIXERS, ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from idattn.choices import MIXERS
+from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from idattn.train.optim import learning_rate
 from idattn.train.step import Trainer
 

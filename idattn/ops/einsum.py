@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def einsum_f32(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """An einsum of two operands rounded to `dtype`; the result is float32 (float64 for float64)."""
     x, y = x.astype(dtype), y.astype(dtype)
-    if dtype != jnp.bfloat16:
+    if jnp.dtype(dtype).itemsize > 2:
         return jnp.einsum(equation, x, y, precision="highest")
 
     def native(x, y):

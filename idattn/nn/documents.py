@@ -1,0 +1,141 @@
+"""The documents of a batch, found once for all layers, and what crosses from shard to shard of a sequence.
+
+Everything that a token mixer carries along the sequence changes as value -> decay * value + increment over a shard's
+tokens. So each shard first finds its pair of decay and increment, an exclusive scan over the mesh axis makes the value
+at the start of each shard of them, in log2(shards) exchanges, and the mixer runs with that as its initial state. The
+axis is None where the sequence is whole; then nothing is exchanged.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from idattn.ops.segments import PADDING, Segments, document_positions, find_segments
+from idattn.sharding import is_split, on_shards, spec
+
+
+class Documents(NamedTuple):
+    """Where the tokens of a batch, or of a shard of it, stand in their documents."""
+
+    positions: jax.Array  # (B, T) int32, of the token in its document
+    run: jax.Array | None = None  # (B, T) int32 as in `Segments`; None: every row is one document without padding
+    last: jax.Array | None = None  # (B, shards) int32, in each shard as in `Segments`
+    continues: jax.Array | None = None  # (B, shards) bool, whether the document before a shard's border goes past it
+
+    @property
+    def segments(self) -> Segments | None:
+        """The same as the ops take it, inside a shard."""
+        return None if self.run is None else Segments(self.run, self.last[:, 0])
+
+    def specs(self) -> "Documents":
+        """How the arrays are split."""
+        return jax.tree.map(lambda x: spec("B", "T"), self)
+
+
+def find_documents(
+    segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, int]
+) -> tuple[Documents, jax.Array]:
+    """The documents of a batch, and the position (B,) that the next token of each row would have.
+
+    Args:
+      segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
+      start: (B,) int32 position of token 0 of each row, whose document may have begun earlier.
+      shape: (B, T) of the batch.
+    """
+    B, T = shape
+    axis = "sequence" if is_split("T") else None
+    if segment_ids is None:
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        return Documents(positions), start + T
+
+    tokens, rows = spec("B", "T"), spec("B")
+    documents = Documents(tokens, tokens, tokens, None if axis is None else tokens)
+    find = on_shards(lambda ids, start: _find_on_shard(ids, start, axis), (tokens, rows), (documents, rows))
+    return find(segment_ids, start)
+
+
+def _find_on_shard(segment_ids: jax.Array, start: jax.Array, axis: str | None) -> tuple[Documents, jax.Array]:
+    segments = find_segments(segment_ids)
+    run, last = segments
+    if axis is None:
+        positions, end = document_positions(segments, start)
+        return Documents(positions, run, last[:, None]), end
+    first = segment_ids[:, 0]
+    # Padding changes nothing, so what comes before passes.
+    continues = (_from_previous(segment_ids[:, -1], axis) == first) | (first == PADDING)
+    continues |= jax.lax.axis_index(axis) == 0
+    _, length = document_positions(segments, jnp.zeros_like(start))  # of the last token's document in this shard
+    passes = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
+    before = exclusive_scan((passes & continues).astype(jnp.int32), length, start, axis)
+    positions, end = document_positions(segments, jnp.where(continues, before, 0))
+    documents = Documents(positions, run, last[:, None], continues[:, None])
+    return documents, at_last_token(end, documents, axis)
+
+
+def exclusive_scan(
+    decay: jax.Array,
+    increment: jax.Array,
+    first: jax.Array,
+    axis: str | None,
+    *,
+    apply: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
+    compose: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
+) -> jax.Array:
+    """The value at the start of each shard, where a shard makes apply(decay, value) + increment of it.
+
+    Args:
+      decay: of the shard, 0 where nothing of the value remains.
+      increment: what the shard's tokens make of a value of 0.
+      first: the value at the start of shard 0.
+      axis: the mesh axis of the shards.
+      apply: decays a value.
+      compose: two decays, the later one first, as one.
+    """
+    if axis is None:
+        return first
+    index, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    increment = jnp.where(index == 0, increment + apply(decay, first), increment)
+    step = 1
+    while step < shards:  # where nothing comes, zeros do: right, as before shard 0 there is nothing
+        earlier_decay, earlier = (_from_previous(x, axis, step) for x in (decay, increment))
+        increment, decay = increment + apply(decay, earlier), compose(decay, earlier_decay)
+        step *= 2
+    return jnp.where(index == 0, first, _from_previous(increment, axis))
+
+
+def halo(tail: jax.Array, first: jax.Array | None, documents: Documents, axis: str) -> jax.Array:
+    """The previous shard's tail (B, ...), zero where its document ends at the border; shard 0 has `first`."""
+    before = _from_previous(tail, axis)
+    if first is not None:
+        before = jnp.where(jax.lax.axis_index(axis) == 0, first.astype(before.dtype), before)
+    return where_continued(documents, before)
+
+
+def where_continued(documents: Documents, x: jax.Array) -> jax.Array:
+    """x (B, ...) of the document before a shard's border, zero where that document ends at the border."""
+    if documents.continues is None:
+        return x
+    return jnp.where(documents.continues.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def at_last_token(values: Any, documents: Documents, axis: str | None) -> Any:
+    """Every row's values (B, ...) as they are after its last token, for all shards; `values` are after the shard's."""
+    if axis is None:
+        return values
+    index, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    if documents.last is None:
+        owner = jnp.full((jax.tree.leaves(values)[0].shape[0],), shards - 1)
+    else:
+        owner = jax.lax.pmax(jnp.where(documents.last[:, 0] >= 0, index, 0), axis)
+    return jax.tree.map(
+        lambda x: jax.lax.psum(jnp.where((owner == index).reshape(-1, *[1] * (x.ndim - 1)), x, 0), axis), values
+    )
+
+
+def _from_previous(x: jax.Array, axis: str, step: int = 1) -> jax.Array:
+    """x of the shard `step` before; zeros where there is none."""
+    shards = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, i + step) for i in range(shards - step)])

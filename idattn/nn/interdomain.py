@@ -1,0 +1,105 @@
+"""Interdomain Attention, and the other cells of the paper's ablation by what their state reads and how it is read.
+
+mixer          input of the state   readout   RoPE on
+interdomain    [xi(k), v]           queries   q, k      (interdomain_norope: -)
+single_query   [a, b]               queries   q, a
+dual_linear    [xi(k), v]           linear    k
+s4d            [a, b]               linear    -         (s4d_rope: a)
+"""
+
+from flax import nnx
+
+from idattn.config import ComputeConfig, ModelConfig, SSMConfig
+from idattn.nn.readout import LinearReadout, QueryReadout
+from idattn.nn.ssm import SSMMixer
+
+
+class InterdomainAttention(SSMMixer):
+    """The paper's layer by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
+
+    Args:
+      model_dim: D.
+      num_heads: H, a divisor of D; heads are D / H wide.
+      rngs: the stream `params` is used.
+      rope: rotary positions on queries and keys.
+      compute: backend and chunk size; the dtype is that of the input.
+      num_modes, ..., norm_bias_init: the fields of `idattn.config.SSMConfig`.
+
+    Raises:
+      ValueError: sizes do not divide, or an option is unknown.
+    """
+
+    feature_map, readout, rope = True, QueryReadout(), True
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        rope: bool = True,
+        compute: ComputeConfig = ComputeConfig(),
+        num_modes: int = 64,
+        heads_per_kv: int = 1,
+        conv_width: int = 4,
+        readout: str = "transpose",
+        c: str = "full",
+        c_init: str = "normal",
+        c_init_scale: float = 1 / 16,
+        delta_min: float = 1e-3,
+        delta_max: float = 0.1,
+        rope_position: str = "before",
+        output_gate: bool = False,
+        norm_bias_init: float = 0.0,
+    ):
+        ssm = SSMConfig(
+            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, readout=readout, c=c, c_init=c_init,
+            c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max, rope_position=rope_position,
+            output_gate=output_gate, norm_bias_init=norm_bias_init,
+        )  # fmt: skip
+        config = ModelConfig(
+            vocab_size=1,
+            model_dim=model_dim,
+            num_layers=1,
+            num_heads=num_heads,
+            mlp_dim=1,
+            mixers=("interdomain" if rope else "interdomain_norope",),
+            ssm=ssm,
+        )
+        self._build(config, rope, config.init_std, compute, rngs)
+
+
+class Interdomain(SSMMixer):
+    """The paper's layer as a mixer of `LanguageModel`."""
+
+    feature_map, readout, rope = True, QueryReadout(), True
+
+
+class InterdomainNoRope(Interdomain):
+    """Without rotary positions."""
+
+    rope = False
+
+
+class SingleQuery(SSMMixer):
+    """Queries that read a state of two generic inputs."""
+
+    feature_map, readout, rope = False, QueryReadout(), True
+
+
+class DualLinear(SSMMixer):
+    """Keys and values in the state, and a learned linear readout."""
+
+    feature_map, readout, rope = True, LinearReadout(), True
+
+
+class S4D(SSMMixer):
+    """Two generic inputs and a learned linear readout: S4D with short convolutions."""
+
+    feature_map, readout, rope = False, LinearReadout(), False
+
+
+class S4DRope(S4D):
+    """With rotary positions on the first input."""
+
+    rope = True

@@ -1,0 +1,157 @@
+"""The contract of token mixers: what a class owes to be one, in a model, a decoder, a mesh and a count of costs."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn.documents import Documents, find_documents
+
+
+class Memory(struct.PyTreeNode):
+    """What a mixer remembers of the tokens before, a pytree of arrays: of one layer, or of a stack of layers.
+
+    The defaults suit arrays (B, ...), which a stack holds as (L, B, ...), of a size that does not depend on how many
+    tokens came. `stack`, `pick` and `put` are called inside a loop over layers; a subclass whose arrays are large may
+    override them, so that a layer reads and writes its part of the stack in place.
+    """
+
+    def stack(self, layers: int) -> Self:
+        """As many layers, all with this memory."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), self)
+
+    def pick(self, layer: jax.Array) -> Self:
+        """The memory of a layer () int32 of the stack."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
+
+    def put(self, layer: jax.Array, new: Self) -> Self:
+        """The stack with another memory of a layer, in the dtypes of the stack."""
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, axis=0), self, new
+        )
+
+    def close(self) -> Any:
+        """The stack after a block of tokens that `Mixer.open_block` began."""
+        return self
+
+    def capacity(self) -> int | None:
+        """How many tokens there is room for; None for any number."""
+        return None
+
+    def resize(self, max_tokens: int) -> Self:
+        """With room for as many tokens; not fewer than there are."""
+        return self
+
+
+class LayerState(NamedTuple):
+    """The state of a mixer that is used by itself."""
+
+    memory: Any  # a `Memory`
+    position: jax.Array  # (B,) int32, of the next token in its document
+
+
+class Mixer(nnx.Module):
+    """x (B, T, D) -> (B, T, D), causally: the base class of all token mixers.
+
+    A model builds `cls(config, residual_std=..., compute=..., rngs=...)` and calls `mix`; the abstract methods are what
+    a new mixer has to define. By itself a mixer is called as `y, state = mixer(x, segment_ids=..., state=...)`.
+
+    Attributes:
+      grows: whether the memory grows with the tokens (a cache, in the compute dtype, which a new token reads and adds
+        to) rather than being of fixed size (which a new token reads and writes).
+    """
+
+    grows: ClassVar[bool] = False
+
+    @abstractmethod
+    def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
+        """Make the parameters, each with `dims` that name its axes (see `idattn.sharding`).
+
+        Args:
+          config: of the model.
+          residual_std: standard deviation of the output projection at the start.
+          compute: backend, chunk size.
+          rngs: the stream `params` is used.
+        """
+
+    @abstractmethod
+    def mix(self, x: jax.Array, documents: Documents, memory: Any) -> tuple[jax.Array, Any]:
+        """The mixed tokens (B, T, D) in the dtype of x, and the memory after them.
+
+        Padding (`documents.run` is -1) changes no memory; a token whose run differs from its predecessor's starts from
+        an empty one.
+
+        Args:
+          x: (B, T, D) in the dtype to compute in.
+          documents: of the tokens.
+          memory: of the tokens before; None for none, in training, where the memory returned is not used.
+        """
+
+    @abstractmethod
+    def init_memory(
+        self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
+    ) -> Memory:
+        """The memory before the first token.
+
+        Args:
+          batch_size: B.
+          max_tokens: that a memory that grows has room for.
+          dtype: that is computed in.
+          state_dtype: what a state of fixed size is kept in between calls; None for float32 or better.
+        """
+
+    @abstractmethod
+    def memory_specs(self, *lead: str) -> Any:
+        """How a memory is split: PartitionSpecs in its structure, after the axes `lead` of a stack."""
+
+    def open_block(self, stack: Any, size: int, dtype: jnp.dtype) -> Any:
+        """A stack of layers, as this mixer is one then, before up to `size` tokens that are decoded one by one.
+
+        A memory that a token need not write as a whole may collect the tokens of a block, and write them in `close`.
+        """
+        return stack
+
+    @classmethod
+    @abstractmethod
+    def flops(cls, config: ModelConfig, context: int) -> int:
+        """Operations of a forward pass for each token of sequences of `context` tokens; see `idattn.costs`."""
+
+    @classmethod
+    @abstractmethod
+    def state_size(cls, config: ModelConfig, context: int) -> int:
+        """Real numbers of the memory of a sequence after `context` tokens, without convolution tails (table 5)."""
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise a ValueError where the mixer cannot be built of a config."""
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: LayerState | None = None
+    ) -> tuple[jax.Array, LayerState]:
+        """The mixed tokens (B, T, D), and the state after them.
+
+        Args:
+          x: (B, T, D) in the dtype to compute in.
+          segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
+          state: as returned by an earlier call or by `init_state`, to resume from there; None to start anew.
+        """
+        start = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.position
+        documents, end = find_documents(segment_ids, start, x.shape[:2])
+        y, memory = self.mix(x, documents, None if state is None else state.memory)
+        if state is not None:
+            memory = jax.tree.map(lambda old, new: new.astype(old.dtype), state.memory, memory)
+        return y, LayerState(memory, end)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_tokens: int = 0,
+        dtype: jnp.dtype = jnp.dtype("float32"),
+        state_dtype: jnp.dtype | None = None,
+    ) -> LayerState:
+        """The state before the first token; arguments as in `init_memory`."""
+        memory = self.init_memory(batch_size, max_tokens, dtype, state_dtype)
+        return LayerState(memory, jnp.zeros(batch_size, jnp.int32))
