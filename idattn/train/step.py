@@ -127,6 +127,7 @@ class Trainer:
         def add(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(params, part)), None
 
-        zero = jax.tree.map(jnp.zeros_like, (count, params))
+        dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(jnp.float32, self.config.compute.dtype))
+        zero = (jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params))
         (loss, grads), _ = jax.lax.scan(add, zero, batch)
         return loss, count, grads

@@ -100,6 +100,18 @@ def test_compiles_once_and_loss_is_the_steps(trainer):
     assert trainer._compiled_step._cache_size() == 1
 
 
+def test_float64_trains():
+    with jax.enable_x64(True):
+        config = make_config()
+        trainer = Trainer(dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="float64")))
+        state, batch = trainer.init(), make_batch()
+        for _ in range(2):
+            total, count = trainer.loss(state["params"], batch)
+            state, metrics = trainer.step(state, batch)
+            assert metrics["loss"].dtype == total.dtype == jnp.float64
+            assert float(metrics["loss"]) == pytest.approx(float(total / count), rel=1e-13)
+
+
 def test_abstract_state_is_that_of_init(trainer):
     state, abstract = trainer.init(), trainer.abstract_state()
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
