@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits, with settings of every row's own."""
+"""Choosing the next token from its logits, with settings for each row."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 class Sampling(NamedTuple):
     """How each of B rows is sampled, arrays (B,): other values need no other program. See `make_sampling`."""
 
+    num_ids: jax.Array
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
@@ -22,6 +23,7 @@ def make_sampling(
     batch_size: int,
     vocab_size: int,
     *,
+    num_ids: int | np.ndarray | None = None,
     temperature: float | np.ndarray = 1.0,
     top_k: int | np.ndarray = 0,
     top_p: float | np.ndarray = 1.0,
@@ -34,6 +36,7 @@ def make_sampling(
     Args:
       batch_size: B.
       vocab_size: V.
+      num_ids: ids below it are sampled, 1 to V: the tokenizer's vocabulary, which a model's may exceed; None for V.
       repetition_penalty: logits of tokens that the row has held are divided by it where positive, multiplied where not
         (Keskar et al. 2019); greater than 0, 1 changes nothing.
       temperature: divides the logits; 0 takes the most likely token.
@@ -47,11 +50,17 @@ def make_sampling(
       ValueError: a setting is out of its range, or not of one of the two shapes.
     """
     values = dict(
-        temperature=(temperature, np.float32, lambda x: x >= 0, "at least 0"),
+        num_ids=(
+            vocab_size if num_ids is None else num_ids,
+            np.int32,
+            lambda x: (x >= 1) & (x <= vocab_size),
+            f"in [1, {vocab_size=}]: a tokenizer must not have more ids than its model",
+        ),
+        temperature=(temperature, np.float32, lambda x: x >= 0, "at least 0 and finite"),
         top_k=(top_k, np.int32, lambda x: (x >= 0) & (x <= vocab_size), f"in [0, {vocab_size=}]"),
         top_p=(top_p, np.float32, lambda x: (x > 0) & (x <= 1), "greater than 0 and at most 1"),
         min_p=(min_p, np.float32, lambda x: (x >= 0) & (x <= 1), "in [0, 1]"),
-        repetition_penalty=(repetition_penalty, np.float32, lambda x: x > 0, "greater than 0"),
+        repetition_penalty=(repetition_penalty, np.float32, lambda x: x > 0, "greater than 0 and finite"),
         seed=(seed, np.int32, lambda x: (x >= 0) & (x < 2**31), "in [0, 2**31)"),
     )
     arrays = {}
@@ -59,9 +68,13 @@ def make_sampling(
         given = np.asarray(value)
         if given.ndim and given.shape != (batch_size,):
             raise ValueError(f"{name} of shape {given.shape} must be one number, or one for each of {batch_size} rows.")
-        if not np.all(rule(given) & np.isfinite(given)):
-            raise ValueError(f"{name}={value} must be {range_}.")
-        arrays[name] = np.broadcast_to(given, batch_size).astype(dtype)
+        if given.dtype.kind not in "iuf":
+            raise ValueError(f"{name}={value!r} must be a number {range_}.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            arrays[name] = np.broadcast_to(given, batch_size).astype(dtype)
+        whole = dtype is np.float32 or np.all(arrays[name] == given)
+        if not (whole and np.all(rule(given) & np.isfinite(arrays[name]))):
+            raise ValueError(f"{name}={value} must be {'' if whole else 'a whole number '}{range_}.")
     if np.ndim(seed) == 0:
         arrays["seed"] = ((int(seed) + np.arange(batch_size)) % 2**31).astype(np.int32)
     return Sampling(**jax.tree.map(jnp.asarray, arrays))
@@ -71,15 +84,19 @@ def sample(logits: jax.Array, settings: Sampling, seen: jax.Array, length: jax.A
     """The next tokens (B,) int32.
 
     Args:
-      logits: (B, V) float32.
+      logits: (B, V) float32, finite.
       settings: of the rows.
       seen: (B, V) bool, the tokens that each row has held.
       length: (B,) int32, how many tokens came before.
     """
     penalty, temperature = settings.repetition_penalty[:, None], settings.temperature[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = jnp.minimum(logits, jnp.finfo(logits.dtype).max)  # a penalty near 0 overflows
+    logits = jnp.where(jnp.arange(logits.shape[1]) < settings.num_ids[:, None], logits, -jnp.inf)
     greedy = jnp.argmax(logits, axis=-1)
-    logits = logits / jnp.where(temperature > 0, temperature, 1)
+    # The most likely token is at 0 for every temperature: where a quotient overflows, it is another token's, to -inf.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = jnp.where(below == 0, 0, below / jnp.where(temperature > 0, temperature, 1))
     cut = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
     logits = jax.lax.cond(cut, _keep_likely, lambda logits, _: logits, logits, settings)  # to sort takes long
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(settings.min_p)[:, None]

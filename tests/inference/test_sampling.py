@@ -73,6 +73,32 @@ def test_rows_have_settings_of_their_own_and_ignore_their_neighbours():
     assert together[0] == logits[0].argmax()
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3}], ids=str)
+def test_low_temperatures_take_the_most_likely_token(cut):
+    """Also where a quotient overflows or the temperature is subnormal; for large, small and penalised logits."""
+    extreme = np.full(V, -3e38)
+    extreme[LOGITS.argmax()] = 3e38
+    rows = [LOGITS, 1e-3 * LOGITS, 1e30 * LOGITS, -1e30 - 1e29 * LOGITS, extreme]
+    logits = np.stack(rows).astype(np.float32)
+    best, length = logits.argmax(axis=1), np.zeros(len(rows), np.int32)
+    for temperature in (1e-7, 1e-20, 1e-37, 2e-38, 1.2e-38, 1e-39, 1e-45):
+        drawn = draw(logits, make_sampling(len(rows), V, temperature=temperature, **cut), logits > np.inf, length)
+        np.testing.assert_array_equal(drawn, best, err_msg=str(temperature))
+    overflowing = np.where(np.arange(V) == 5, 9.0, 1e-9).astype(np.float32)[None]
+    settings = make_sampling(1, V, repetition_penalty=1e-38, **cut)
+    assert draw(overflowing, settings, overflowing > 1, length[:1])[0] == 5
+
+
+def test_ids_without_text_are_not_sampled():
+    """A model's vocabulary may exceed the tokenizer's: not even the most likely token is one of those ids."""
+    logits = np.broadcast_to(np.where(np.arange(V) < 9, 0, 50).astype(np.float32), (B, V))
+    for temperature in (0, 1e-30, 1, 1e30):
+        for cut in ({}, {"top_k": 30, "top_p": 0.99, "repetition_penalty": 1e-3}):
+            settings = make_sampling(B, V, num_ids=9, temperature=temperature, **cut)
+            drawn = np.asarray(draw(logits, settings, logits > 1, np.zeros(B, np.int32)))
+            assert {*drawn} == {*range(9 if temperature else 1)}
+
+
 def test_draws_depend_on_seed_and_length_alone():
     logits = np.zeros((1000, V), np.float32)
 
@@ -101,6 +127,10 @@ def test_draws_depend_on_seed_and_length_alone():
         ({"min_p": 1.1}, r"min_p=1\.1 must be in \[0, 1\]"),
         ({"repetition_penalty": 0}, "repetition_penalty=0 must be greater than 0"),
         ({"seed": -1}, r"seed=-1 must be in \[0, 2\*\*31\)"),
+        ({"seed": 1.5}, r"seed=1\.5 must be a whole number in \[0, 2\*\*31\)"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 must be at least 0 and finite"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number at least 0"),
+        ({"num_ids": V + 1}, rf"num_ids={V + 1} must be in \[1, vocab_size=37\]: a tokenizer must not have more"),
     ],
 )
 def test_errors(settings, message):
