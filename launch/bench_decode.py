@@ -101,7 +101,7 @@ def copy_bandwidth() -> float:
 def step_seconds(decoder: Decoder, batch_size: int, prefix: int) -> float:
     """The median over the timed runs of the seconds of one step."""
     tokens = np.random.default_rng(2).integers(0, decoder.config.vocab_size, (batch_size, prefix))
-    context = decoder.prefill(tokens, max_tokens=prefix + FLAGS.steps)
+    context = decoder.prefill(tokens, context=decoder.start(batch_size, prefix + FLAGS.steps))
     sampling, times = decoder.sampling(batch_size), []
     for _ in range(FLAGS.warmup + FLAGS.repeats):
         fresh = jax.block_until_ready(decoder.fork(context, range(batch_size)))

@@ -124,7 +124,8 @@ class Decoder:
           tokens: (B, T) integers in [0, vocab_size), rows padded at the right with anything.
           lengths: (B,) how many tokens of each row count; None for all.
           context: what came before, given up; None for nothing. Then every row needs a token.
-          max_tokens: room in the caches of softmax layers for tokens that will follow; they grow where it is too small.
+          max_tokens: the caches of softmax layers get room for this many tokens in all, rounded up to a power of two
+            (`start` gives room for an exact number); they grow where it is too small.
 
         Raises:
           ValueError: shapes do not fit, a token is outside the vocabulary, or a row would be empty.
@@ -246,7 +247,7 @@ class Decoder:
                 f"tokens from {tokens.min()} to {tokens.max()} must lie in [0, vocab_size={self.config.vocab_size})."
             )
         if context is None:
-            context = self.start(B, max(max_tokens, T))
+            context = self.start(B, _bucket(max(max_tokens, T)))
         elif context.length.shape != (B,):
             raise ValueError(f"tokens of {B} rows cannot follow a context of {context.length.shape[0]}; see `fork`.")
         return tokens.astype(np.int32), lengths, self._with_room(context, max(T, max_tokens))
@@ -265,12 +266,12 @@ class Decoder:
                 self.trained_length,
             )
         room = min(n for memory in context.state.memories if (n := memory.capacity()) is not None)
-        return context if longest <= room else self.resize(context, max(longest, 2 * room))
+        return context if longest <= room else self.resize(context, _bucket(longest))
 
     def _chunks(self, tokens, lengths):
         """Chunks of tokens and their segment ids: of `chunk_size`, or of the next power of two that holds all."""
         B, T = tokens.shape
-        size = min(self.chunk_size, max(16, 2 ** (T - 1).bit_length()))
+        size = min(self.chunk_size, _bucket(T))
         for start in range(0, T, size):
             part = np.zeros((B, size), np.int32)
             part[:, : T - start] = tokens[:, start : start + size]
@@ -347,6 +348,11 @@ class Decoder:
         written = jnp.full((active.shape[0], self.block_size), PADDING, jnp.int32)
         _, context, active, written = jax.lax.while_loop(unfinished, write, (0, context, active, written))
         return written, context._replace(state=model.close_block(context.state)), active
+
+
+def _bucket(tokens: int) -> int:
+    """The least power of two that has room for so many tokens, at least 16: few sizes are few programs."""
+    return max(16, 2 ** (tokens - 1).bit_length())
 
 
 def _jit(function: Any, out_specs: Any, **options: Any) -> Any:

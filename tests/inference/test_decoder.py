@@ -117,11 +117,23 @@ def test_caches_grow_and_stay_what_they_are():
     """A cache that is too small gets more room; what it holds of other rows or of no row at all is never seen."""
     decoder = make_decoder(("softmax",))
     roomy, tight = (decoder.prefill(*right_pad(RAGGED), max_tokens=n) for n in (64, 0))
-    assert tuple(context.state.memories[0].capacity() for context in (roomy, tight)) == (64, T)
+    assert tuple(context.state.memories[0].capacity() for context in (roomy, tight)) == (64, 32)
     (cache,) = roomy.state.memories
     stale = cache.replace(k=cache.k.at[..., T:, :].set(9e3), v=cache.v.at[..., T:, :].set(9e3))
-    written, context = write(decoder, roomy._replace(state=roomy.state._replace(memories=[stale])), N)
-    np.testing.assert_array_equal(write(decoder, tight, N)[0], written)
+    written, context = write(decoder, roomy._replace(state=roomy.state._replace(memories=[stale])), 32)
+    ours, tight = write(decoder, tight, 32)
+    np.testing.assert_array_equal(ours, written)
+    assert tight.state.memories[0].capacity() == 64
+
+
+def test_softmax_compiles_once_for_lengths_below_a_power_of_two():
+    decoder = make_decoder(("softmax", "s4d"))
+    for length in (17, 20, 21, 28):
+        write(decoder, decoder.prefill(np.zeros((1, length), int)), 4)
+    programs = (decoder._start, decoder._read, decoder._decode, decoder._resize)
+    assert [program._cache_size() for program in programs] == [1, 1, 1, 0]
+    decoder.score(np.zeros((1, 30), int))
+    assert decoder._start._cache_size() == 1
 
 
 def test_bfloat16_states_take_half_and_change_little():
