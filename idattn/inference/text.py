@@ -9,9 +9,11 @@ from idattn.data.tokenizer import Tokenizer
 from idattn.inference.decoder import Context, Decoder
 from idattn.ops.segments import PADDING
 
+_BORDERS = ("a", ".", "0", "\n")  # texts of different kinds: a token that starts in one of them does not go past it
+
 
 class Completion(NamedTuple):
-    """What was written behind one prompt.
+    """What was written after one prompt.
 
     Attributes:
       text: without the stop string.
@@ -41,8 +43,8 @@ def generate(
       prompts: of each row, (T,) integers of any length; at least one token if there is no context.
       num_tokens: to write at most, at least 1.
       context: what every prompt follows, of one row or of a row for each prompt; it is kept. Then prompts may be empty.
-      stop_tokens: a row ends behind the first of these that it writes.
-      on_block: called with every block of tokens (B, n), -1 behind a row's end; it may return rows (B,) bool to end.
+      stop_tokens: a row ends after the first of these that it writes.
+      on_block: called with every block of tokens (B, n), -1 after a row's end; it may return rows (B,) bool to end.
       **sampling: settings of `idattn.inference.sampling.make_sampling`.
 
     Returns:
@@ -83,6 +85,34 @@ def right_pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, continues: bool = False) -> np.ndarray:
+    """The tokens of a prompt: BOS and those of its text, or those of its text alone where it continues another.
+
+    Tokenizers such as Llama 2's put a space before every text that they encode. A continuation has no such space: it is
+    encoded after a short text, whose tokens are then removed.
+
+    Args:
+      tokenizer: of the model.
+      prompt: the text.
+      continues: whether other text comes before it.
+
+    Returns:
+      (n,) int32.
+
+    Raises:
+      ValueError: the tokenizer joins the beginning of a continuation with every text that could come before it.
+    """
+    if not continues:
+        return np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+    if not prompt:
+        return np.zeros(0, np.int32)
+    for border in _BORDERS:
+        before, both = tokenizer.encode(border), tokenizer.encode(border + prompt)
+        if 0 < len(before) < len(both) and np.array_equal(both[: len(before)], before):
+            return both[len(before) :].astype(np.int32)
+    raise ValueError(f"{prompt[:40]!r} cannot be encoded as a continuation; give all of the text without a context.")
+
+
 def generate_text(
     decoder: Decoder,
     tokenizer: Tokenizer,
@@ -96,12 +126,14 @@ def generate_text(
 ) -> list[Completion]:
     """Continue texts, each from the start of a document or from a context.
 
+    Only ids of the tokenizer's vocabulary, which the model's may exceed, are sampled.
+
     Args:
       decoder: as in `generate`, like `num_tokens` and `context`.
       tokenizer: of the model.
       prompts: one text for each row; an empty one starts a document.
       stop: a row ends before the first of these texts that it writes, however it is divided into tokens.
-      on_text: called with a row and what came to its text.
+      on_text: called after every block with each row and what came to its text, which may be nothing.
       **options: `stop_tokens`, and settings of `idattn.inference.sampling.make_sampling`.
 
     Raises:
@@ -109,16 +141,19 @@ def generate_text(
     """
     if any(not text for text in stop):
         raise ValueError(f"stop={list(stop)} must not hold an empty text, which every text ends with.")
-    begin = [] if context is not None else [tokenizer.bos_id]
-    encoded = [np.concatenate([begin, tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
-    streams = [TextStream(tokenizer, stop, before) for before in encoded]
+    continues = context is not None
+    encoded = [encode_prompt(tokenizer, prompt, continues=continues) for prompt in prompts]
+    border = tokenizer.encode(_BORDERS[0]) if continues else ()  # stands for the text of the context
+    streams = [TextStream(tokenizer, stop, [*border, *tokens]) for tokens in encoded]
 
     def on_block(block: np.ndarray) -> np.ndarray:
         for row, (stream, tokens) in enumerate(zip(streams, block, strict=True)):
-            if (text := stream.add(tokens[tokens != PADDING])) and on_text:
+            text = stream.add(tokens[tokens != PADDING])
+            if on_text:
                 on_text(row, text)
         return np.array([stream.stopped for stream in streams])
 
+    options["num_ids"] = tokenizer.vocab_size
     written = generate(decoder, encoded, num_tokens, context=context, on_block=on_block, **options)
     completions = []
     for row, (stream, tokens) in enumerate(zip(streams, written, strict=True)):
