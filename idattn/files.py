@@ -1,9 +1,11 @@
 """Files: written whole or not at all, on disks and in buckets, and JSON that says which file is not complete."""
 
 import json
+import lzma
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,31 @@ def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
         )
         raise ValueError(f"{path} is damaged ({problem}). {remedy}") from error
     return value
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects in the lines of a file, each with its place in words for messages; empty lines are skipped.
+
+    Args:
+      path: of a disk; it is decompressed if it ends in .xz. Only "\\n" ends a line.
+
+    Raises:
+      FileNotFoundError: there is no file.
+      ValueError: a line is not UTF-8 or JSON, is no object, or holds half a surrogate pair, which is no text.
+    """
+    with (lzma.open if Path(path).suffix == ".xz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line.decode())
+                json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: not valid JSON in UTF-8: {error}. Write the line anew.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: must be an object, not a {type(row).__name__}.")
+            yield place, row
 
 
 def _sync(path: Path) -> None:

@@ -1,10 +1,12 @@
 """Files that are replaced are complete and on disk before they have their name; damaged JSON is named."""
 
+import json
+import lzma
 import os
 
 import pytest
 
-from idattn.files import read_json, write_atomic
+from idattn.files import read_json, read_json_lines, write_atomic
 
 
 def test_write_atomic(tmp_path, monkeypatch):
@@ -58,3 +60,30 @@ def test_json_object(tmp_path):
     assert read_json(tmp_path / "x.json", "") == {"a": [1, "\u2028"]}
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "y.json", "")
+
+
+def test_only_newlines_end_lines_of_json(tmp_path):
+    rows = [{"text": "a\u2028b\u0085c\x0b\x0c"}, {"text": "\U0001f600"}]
+    text = "\n \r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    for path in (tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.xz"):
+        assert [*read_json_lines(path)] == [(f"{path}, line 1", rows[0]), (f"{path}, line 3", rows[1])]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": 1', "not valid JSON in UTF-8: Expecting"),
+        (b'{"a": "\xff"}', "not valid JSON in UTF-8: .*invalid start byte"),
+        (b'{"a": "\\ud83d"}', "not valid JSON in UTF-8: .*surrogates not allowed"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON in UTF-8: Exceeds the limit"),
+        (b"[" * 99999, "not valid JSON in UTF-8: maximum recursion depth"),
+        (b"[1]", "must be an object, not a list"),
+    ],
+    ids=["cut short", "not UTF-8", "half a pair", "digits", "nesting", "list"],
+)
+def test_a_bad_line_of_json_is_named(tmp_path, line, reason):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n\n' + line)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {reason}"):
+        list(read_json_lines(tmp_path / "rows.jsonl"))

@@ -5,7 +5,6 @@ One BOS is put before every context, and nothing is ever cut: a row is read whol
 
 import importlib.util
 import json
-import lzma
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ import numpy as np
 
 from idattn.data import Tokenizer, optional
 from idattn.evals.scores import continue_texts, score_rows
+from idattn.files import read_json_lines
 from idattn.inference import Decoder
+from idattn.inference.text import encode_prompt
 
 LISTS = {
     "commonsense": (
@@ -52,7 +53,7 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
     api = optional.load("lm_eval.api.model", "lm-evaluation-harness", "eval")
 
     def encode(text: str) -> np.ndarray:
-        return np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int32)
+        return encode_prompt(tokenizer, text)
 
     def batch_size(rows: Sequence[np.ndarray]) -> int:
         return max(1, batch_tokens // max(map(len, rows)))
@@ -64,10 +65,18 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             rows, starts = [], []
             for context, continuation in (request.args for request in requests):
-                # Spaces between the two belong to the continuation, whose first token begins with one.
-                bare = context.rstrip()
-                rows.append(encode(context + continuation))
-                starts.append(len(encode(bare)))
+                row = encode(context + continuation)
+                # Spaces between the two belong to the continuation, whose first token begins with one. A token may also
+                # join the end of the context with the continuation: what is scored starts where the tokens of both
+                # differ from those of the context alone.
+                start = _common_prefix(row, encode(context.rstrip()))
+                if continuation and start == len(row):
+                    raise ValueError(
+                        f"continuation {continuation!r} of {context[-40:]!r} has no token of its own to score: the "
+                        "tokenizer drops it. Leave out the row, or use a tokenizer that keeps spaces."
+                    )
+                rows.append(row)
+                starts.append(start)
             return [
                 (float(log_probs[start:].sum(dtype=np.float64)), bool(is_best[start:].all()))
                 for start, (log_probs, is_best) in zip(starts, score(rows), strict=True)
@@ -93,6 +102,12 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
             return written
 
     return Adapter()
+
+
+def _common_prefix(row: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two rows have in common at their beginning."""
+    same = min(len(row), len(other))
+    return int(np.argmin([*(row[:same] == other[:same]), False]))
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +189,7 @@ def local_task(name: str, data: str | Path) -> dict[str, Any]:
     rows = [
         row | {"query": row.get("query", "") + _ANSWER.get(name, "")}
         for row in _read_rows(Path(data))
-        if row["task"] in (name, {"social_iqa": "siqa"}.get(name))
+        if row.get("task") in (name, {"social_iqa": "siqa"}.get(name))
     ]
     if not rows:
         raise ValueError(f"{data} has no rows of task {name!r}.")
@@ -209,8 +224,4 @@ def local_task(name: str, data: str | Path) -> dict[str, Any]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
-    rows = []
-    for file in files:
-        with (lzma.open if file.suffix == ".xz" else open)(file, "rt", encoding="utf-8") as lines:
-            rows += [json.loads(line) for line in lines if line.strip()]
-    return rows
+    return [row for file in files for _, row in read_json_lines(file)]

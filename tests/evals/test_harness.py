@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import assert_close
-from models import next_log_probs
+from models import make_model, next_log_probs
+from tokenizers import Tokenizer, models
 
 from idattn.data import load_tokenizer
 from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm, task_names
-from idattn.inference import generate_text
+from idattn.inference import Decoder, generate_text
 
 BYTES = load_tokenizer("bytes")
 CHOICES = [
@@ -95,6 +96,63 @@ def test_local_tasks(model, lm, data):
     first = [direct(model, "one two", f" {c}")[0] for c in CHOICES[0]["choices"]]
     limited = evaluate(lm, ["hellaswag"], data, limit=1)["hellaswag"]
     assert limited["acc"] == float(np.argmax(first) == 0) and limited != found["hellaswag"]
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """A tokenizer whose tokens join letters over what would be the end of a context, and the adapter of a model."""
+    path = tmp_path_factory.mktemp("joined") / "tokenizer.json"
+    pieces = ["<s>", *"Answer ,中文国(x)", "An", "Ans", "we", "wer", "Answer", "中文", "中文国", "(x", "(x)"]
+    merges = [
+        *zip("AwA中(", "nen文x", strict=True),
+        ("An", "s"),
+        ("we", "r"),
+        ("Ans", "wer"),
+        ("中文", "国"),
+        ("(x", ")"),
+    ]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    made = Tokenizer(models.BPE(vocabulary, [*dict.fromkeys(merges)]))
+    made.add_special_tokens(["<s>"])
+    made.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    model = make_model("s4d", vocab_size=64)
+    return tokenizer, model, make_lm(Decoder(model, chunk_size=16), tokenizer, 128)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "scored"),
+    [
+        ("Ans", "wer", ["Answer"]),  # one token is the end of the context and all of the continuation
+        ("Ans", "n", ["n"]),
+        ("Ans,An", "swer,n", ["Answer", ",", "n"]),
+        ("n中文", "国", ["中文国"]),
+        ("中文", "n国", ["n", "国"]),
+        ("n(", "x)", ["(x)"]),
+        ("", "Answer", ["Answer"]),
+        ("  ", "Ans", [" ", " ", "Ans"]),
+        ("n ", "An", [" ", "An"]),
+        ("n, ", "w", [" ", "w"]),
+    ],
+)
+def test_no_continuation_is_scored_by_nothing(joined, context, continuation, scored):
+    """What is scored is every token that has text of the continuation, however it joins the context."""
+    tokenizer, model, lm = joined
+    row = np.array([tokenizer.bos_id, *tokenizer.encode(context + continuation)])
+    tokens = [tokenizer.decode([i]) for i in row[len(row) - len(scored) :]]
+    assert tokens == scored
+    log_probs = next_log_probs(model, row, 64)
+    places = np.arange(len(row) - len(scored), len(row))
+    total = log_probs[places - 1, row[places]].sum()
+    ((found, is_greedy),) = lm.loglikelihood(requests((context, continuation)))
+    assert found == pytest.approx(total, rel=1e-4) and found < 0
+    assert is_greedy == (log_probs[places - 1].argmax(-1) == row[places]).all()
+
+
+def test_a_continuation_without_tokens_is_refused(joined):
+    tokenizer, _, lm = joined
+    with pytest.raises(ValueError, match="continuation '漢' of 'Ans' has no token of its own to score"):
+        lm.loglikelihood(requests(("Ans", "漢")))
 
 
 @pytest.mark.slow
