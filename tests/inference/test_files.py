@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -70,4 +71,25 @@ def test_weights_come_back_and_must_fit_their_config(tmp_path):
     with pytest.raises(
         ValueError, match=r"groups\.block_0\.mlp\.down\.weight: \(1, 24, 16\) stored, \(1, 40, 16\) wanted"
     ):
+        load_weights(tmp_path)
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_allows(decoder, tmp_path):
+    config = dataclasses.replace(quickstart(), model=decoder.config)
+    params = nnx.to_pure_dict(nnx.state(make_model(*PATTERN), nnx.Param))
+    before = os.umask(0o027)
+    try:
+        save_weights(tmp_path / "new" / "export", config, params, 1)
+        save_context(tmp_path / "context", decoder.prefill(TOKENS), decoder)
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "new" / "export").iterdir(), tmp_path / "context"]
+    assert len(files) >= 3 and {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 4', "\0" * 9, "[]"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*\)\. Export the checkpoint again"):
         load_weights(tmp_path)
