@@ -9,6 +9,7 @@ from idattn.config import Config
 from idattn.data import Tokenizer
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
+from idattn.sharding import check_divides, current_mesh
 from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 
 
@@ -40,14 +41,17 @@ def load(checkpoint: epath.PathLike, *, which: str | int = "latest", tokenizer: 
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or an older one's tokenizer is not where its config says.
-      ValueError: the checkpoint is damaged, `tokenizer` is not the checkpoint's, or a setting breaks its rule.
+      ValueError: the checkpoint is damaged, `tokenizer` is not the checkpoint's, a setting breaks its rule, or the
+        current mesh does not divide the model.
     """
     config, params, step = load_params(checkpoint, which)
     return assemble(config, params, step, checkpoint_tokenizer(checkpoint, config, which, tokenizer), **settings)
 
 
 def assemble(config: Config, params: Any, step: int, tokenizer: Tokenizer, **settings: Any) -> Trained:
-    """The model of what `load_params` and `checkpoint_tokenizer` return; settings as in `load`."""
+    """The model of what `load_params` and `checkpoint_tokenizer` return; settings and errors as in `load`."""
+    if mesh := current_mesh():
+        check_divides(config, mesh)
     model = nnx.merge(nnx.graphdef(LanguageModel.abstract(config.model, config.compute)), params)
     decoder = Decoder(model, trained_length=config.data.seq_len, **settings)
     return Trained(decoder, tokenizer, config, step)

@@ -11,6 +11,7 @@ from helpers import defined_flags, run_main
 from models import export_model
 
 from idattn.cli import generate
+from idattn.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_prompts(run, checkpoint, monkeypatch, tmp_path):
     head, first, second = shown.out.split("\n\nab")
     assert head == f"{checkpoint}, step 7" and first != second
     assert "80 tokens, " in shown.err and "a second after the first block" in shown.err
-    # A row's text does not depend on who is beside it; where the prompt is from does not matter either.
+    # A row's text does not depend on the other rows; where the prompt is from does not matter either.
     assert run("--prompt=ab", "--seed=1").out == f"{head}\n\nab{second}"
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
     assert run("--prompt_file=-").out.removesuffix("\n") == f"{head}\n\nab{first}"
@@ -68,9 +69,43 @@ def test_jsonl(run, tmp_path):
     assert [json.loads(line) for line in printed.splitlines()] == answers
 
 
+def test_jsonl_rows_end_at_newlines_alone(run, tmp_path):
+    prompts = ["a\u2028b", "a\u0085b", "a\rb\x1c"]
+    rows = "\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "in").write_text(rows, "utf-8", newline="")
+    run(f"--jsonl={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--num_tokens=1")
+    lines = (tmp_path / "out").read_bytes().decode().removesuffix("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == prompts
+
+
+@pytest.mark.parametrize("character", ["", "\ufffd"], ids=["nothing", "only at the end"])
+def test_tokens_that_show_no_text(run, monkeypatch, character):
+    """More than a block of them; the speed is that of the tokens."""
+
+    class Silent(ByteTokenizer):
+        def decode(self, ids):
+            return character * len(ids)
+
+    load = generate.load
+    monkeypatch.setattr(generate, "load", lambda *given, **names: load(*given, **names)._replace(tokenizer=Silent()))
+    shown = run("--prompt=ab")
+    assert shown.out.split("\n\nab")[1] == 40 * character + "\n"
+    assert "40 tokens, " in shown.err and "a second after the first block" in shown.err
+
+
 def test_errors(run, tmp_path):
+    (tmp_path / "out").touch()
+    for row, message in (
+        (r'{"prompt": "\ud83d"}', r"in, line 2: not valid JSON in UTF-8: .*surrogates not allowed"),
+        ('{"prompt": "a", "top_k": [1, 2]}', r"in, line 2: top_k=\[1, 2\] must be one number"),
+        ('{"prompt": "a", "seed": null}', r"in, line 2: seed=None must be a number in"),
+    ):
+        (tmp_path / "in").write_text('{"prompt": "ok"}\n' + row)
+        with pytest.raises(ValueError, match=message):
+            run(f"--jsonl={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--batch_size=1")
+        assert not (tmp_path / "out").read_bytes()
     (tmp_path / "in").write_text('{"text": 1}')
-    with pytest.raises(ValueError, match=r"row 1: \{'text': 1\} must be an object with a text under 'prompt'"):
+    with pytest.raises(ValueError, match=r"line 1: \{'text': 1\} must be an object with a text under 'prompt'"):
         run(f"--jsonl={tmp_path / 'in'}")
     (tmp_path / "in").write_text('{"prompt": "a", "top_p": 2}')
     with pytest.raises(ValueError, match="top_p=2 must be greater than 0 and at most 1"):

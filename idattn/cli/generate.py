@@ -22,7 +22,9 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from idattn.config import MeshConfig
+from idattn.files import read_json_lines
 from idattn.inference import generate_text, load_context, right_pad, save_context
+from idattn.inference.text import encode_prompt
 from idattn.sharding import make_mesh
 from idattn.trained import load
 
@@ -62,12 +64,12 @@ def continue_prompt(decoder, tokenizer, context, settings) -> None:
     """Print the continuations of one prompt as they come."""
     prompt = FLAGS.prompt
     if FLAGS.prompt_file:
-        prompt = sys.stdin.read() if FLAGS.prompt_file == "-" else Path(FLAGS.prompt_file).read_text()
+        prompt = sys.stdin.read() if FLAGS.prompt_file == "-" else Path(FLAGS.prompt_file).read_text("utf-8")
     shown = prompt
     if FLAGS.save_context:
-        tokens = tokenizer.encode(prompt)
-        tokens = np.concatenate([[tokenizer.bos_id], tokens]) if context is None else tokens
-        context = decoder.prefill(*right_pad([tokens.astype(np.int32)]), context)
+        tokens = encode_prompt(tokenizer, prompt, continues=context is not None)
+        if context is None or tokens.size:
+            context = decoder.prefill(*right_pad([tokens]), context)
         save_context(FLAGS.save_context, context, decoder)
         prompt = ""
     print(f"\n{shown}", end="", flush=True)
@@ -86,28 +88,35 @@ def continue_prompt(decoder, tokenizer, context, settings) -> None:
     print("".join(f"\n\n{shown}{completion.text}" for completion in completions[1:]))
     count, later = (sum(max(len(c.tokens) - n, 0) for c in completions) for n in (0, decoder.block_size))
     if later:  # the first block waits for the programs to be compiled
-        start = next(t for t in times[1:])
-        print(f"{count} tokens, {later / (times[-1] - start):.1f} a second after the first block", file=sys.stderr)
+        print(f"{count} tokens, {later / (times[-1] - times[1]):.1f} a second after the first block", file=sys.stderr)
     else:
         print(f"{count} tokens in {time.perf_counter() - times[0]:.1f} s, programs compiled", file=sys.stderr)
 
 
 def continue_rows(decoder, tokenizer, context, settings) -> None:
     """Continue all prompts of a JSONL file, batch by batch."""
-    rows = [json.loads(line) for line in Path(FLAGS.jsonl).read_text().splitlines() if line.strip()]
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{FLAGS.jsonl}, row {i + 1}: {row!r} must be an object with a text under 'prompt'.")
+    rows = []
+    for place, row in read_json_lines(FLAGS.jsonl):  # all of them, before anything is written
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{place}: {row!r} must be an object with a text under 'prompt'.")
         for name in row.keys() & {*SETTINGS}:
-            decoder.sampling(1, **{name: row[name]})  # says what is wrong before anything is written
+            try:
+                if isinstance(row[name], list):
+                    raise ValueError(f"{name}={row[name]} must be one number.")
+                decoder.sampling(1, **{name: row[name]})
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        rows.append(row)
     start, count = time.perf_counter(), 0
-    with open(FLAGS.out, "a") if FLAGS.out else nullcontext(sys.stdout) as file:
+    with open(FLAGS.out, "a", encoding="utf-8") if FLAGS.out else nullcontext(sys.stdout) as file:
         for first in tqdm(range(0, len(rows), FLAGS.batch_size), unit="batch", disable=None):
             batch = [row for row in rows[first : first + FLAGS.batch_size] for _ in range(FLAGS.num_samples)]
-            own = {name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS}
-            own["seed"] = (own["seed"] + np.arange(len(batch)) % FLAGS.num_samples) % 2**31
+            each = {name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS}
+            each["seed"] = (each["seed"] + np.arange(len(batch)) % FLAGS.num_samples) % 2**31
             prompts = [row["prompt"] for row in batch]
-            done = generate_text(decoder, tokenizer, prompts, FLAGS.num_tokens, context=context, stop=FLAGS.stop, **own)
+            done = generate_text(
+                decoder, tokenizer, prompts, FLAGS.num_tokens, context=context, stop=FLAGS.stop, **each
+            )
             for i in range(0, len(batch), FLAGS.num_samples):
                 completions = [{"text": c.text, "finish": c.finish} for c in done[i : i + FLAGS.num_samples]]
                 print(json.dumps(batch[i] | {"completions": completions}, ensure_ascii=False), file=file, flush=True)

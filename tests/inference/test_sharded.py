@@ -7,9 +7,10 @@ from helpers import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
 from models import HYBRID, MIXERS, V, make_model
 
-from idattn.config import MeshConfig
+from idattn.config import MeshConfig, quickstart
 from idattn.inference import Decoder, load_context, save_context
 from idattn.sharding import make_mesh
+from idattn.trained import assemble
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 B, T = 4, 11
@@ -53,3 +54,9 @@ def test_tokens_are_not_split():
         pytest.raises(NotImplementedError, match=r"mesh\.sequence=1"),
     ):
         Decoder(make_model("s4d"))
+
+
+def test_a_vocabulary_that_devices_do_not_divide_is_refused():
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh\.tensor=2 must divide model\.vocab_size=257"):
+        assemble(quickstart(), None, 0, None)
