@@ -1,4 +1,4 @@
-"""`launch.evaluate` on a small random model: results that stay, the table beside the paper's, refusals."""
+"""`launch.evaluate` on a small random model: results that stay, the table next to the paper's, refusals."""
 
 import json
 
@@ -12,7 +12,7 @@ from idattn.cli import evaluate
 from idattn.config import from_config_dict, quickstart
 from idattn.data import load_tokenizer
 from idattn.evals import recall
-from idattn.evals.paper import beside, table
+from idattn.evals.paper import paper_values, table
 from idattn.train import train
 
 
@@ -84,17 +84,17 @@ def test_errors(checkpoint, tmp_path):
 
 def test_paper():
     config = from_config_dict(get_config("1.3B,interdomain"))
-    assert beside("passkey", "1024", config, 49_592) == "softmax 0.995, interdomain 0.655, s4d 0"
+    assert paper_values("passkey", "1024", config, 49_592) == "softmax 0.995, interdomain 0.655, s4d 0"
     for other, step in ((config, 1000), (quickstart(), 49_592)):
-        assert beside("passkey", "1024", other, step).startswith("other setting (1.3B): softmax 0.995")
-    assert beside("mqar", "1024", config, 49_592) == ""
+        assert paper_values("passkey", "1024", other, step).startswith("other setting (1.3B): softmax 0.995")
+    assert paper_values("mqar", "1024", config, 49_592) == ""
 
 
-@pytest.mark.parametrize(("local", "mark"), [(False, ""), (True, "other setting (1.3B): ")])
-def test_rows_of_ones_own_are_another_setting(local, mark):
-    """Beside a model of the paper's setting, for a task and for the mean of a list."""
+@pytest.mark.parametrize(("local", "note"), [(False, ""), (True, "other setting (1.3B): ")])
+def test_rows_of_ones_own_are_another_setting(local, note):
+    """Next to a model of the paper's setting, for a task and for the mean of a list."""
     found = {"social_iqa acc": 0.4, "mean": 0.5}
     results = {"step": 49_592, "tasks": {"commonsense": {"metrics": found, "local": local}}}
     *_, task, mean = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
-    assert task == f"| commonsense | social_iqa acc | 0.4000 | {mark}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
-    assert mean == f"| commonsense | mean | 0.5000 | {mark}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"
+    assert task == f"| commonsense | social_iqa acc | 0.4000 | {note}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
+    assert mean == f"| commonsense | mean | 0.5000 | {note}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"

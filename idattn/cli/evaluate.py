@@ -1,4 +1,4 @@
-"""Measure a trained model; the results are JSON and a table beside the paper's numbers.
+"""Measure a trained model; the results are JSON and a table next to the paper's numbers.
 
 idattn evaluate --checkpoint=runs/quickstart --tasks=perplexity,length,passkey --out=runs/quickstart/evals
 

@@ -1,1 +1,1 @@
-"""Measures of trained models, and the baselines beside them."""
+"""Measures of trained models, and the baselines next to them."""

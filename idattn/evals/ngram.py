@@ -1,4 +1,4 @@
-"""Losses of n-gram models: what counting alone reaches, as a yardstick beside a model's validation loss."""
+"""Losses of n-gram models: what counting alone reaches, as a yardstick for a model's validation loss."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The paper's results (arXiv 2605.24330, tables 2, 4, 6 to 9), to stand beside those of other models."""
+"""The paper's results (arXiv 2605.24330, tables 2, 4, 6 to 9), to compare with those of other models."""
 
 from typing import Any
 
@@ -61,12 +61,12 @@ RESULTS: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
 """Of a task and metric the scale of the paper's model, and its result for each mixer."""
 
 
-def mark(scale: str, config: Config, step: int, *, local: bool = False) -> str:
-    """What to write before the paper's results at a scale, beside those of a checkpoint: "" in the same setting.
+def setting_note(scale: str, config: Config, step: int, *, local: bool = False) -> str:
+    """What to write before the paper's results at a scale, next to those of a checkpoint: "" in the same setting.
 
     The setting is the same where width, depth, vocabulary (32,000), context (4,096) and training tokens (to 1 %) are,
-    and the questions are not `local`: rows of one's own, which may be others than lm-eval's, or ask otherwise. The text
-    that was trained and evaluated on is for the reader to compare.
+    and the questions are not `local`: rows of local files, which may be others than lm-eval's, or ask otherwise. The
+    text that was trained and evaluated on is for the reader to compare.
     """
     width, depth, tokens = _SCALES[scale]
     model = config.model
@@ -75,12 +75,13 @@ def mark(scale: str, config: Config, step: int, *, local: bool = False) -> str:
     return "" if same and not local and abs(seen / tokens - 1) < 0.01 else f"other setting ({scale}): "
 
 
-def beside(task: str, metric: str, config: Config, step: int, *, local: bool = False) -> str:
-    """The paper's results for a metric of a checkpoint, with their `mark`; "" where it has none."""
+def paper_values(task: str, metric: str, config: Config, step: int, *, local: bool = False) -> str:
+    """The paper's results for a metric of a checkpoint, with their `setting_note`; "" where it has none."""
     if (task, metric) not in RESULTS:
         return ""
     scale, values = RESULTS[task, metric]
-    return mark(scale, config, step, local=local) + ", ".join(f"{name} {value:g}" for name, value in values.items())
+    note = setting_note(scale, config, step, local=local)
+    return note + ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def table(results: dict[str, Any], config: Config) -> str:
@@ -91,6 +92,6 @@ def table(results: dict[str, Any], config: Config) -> str:
             # Within a list, and for a single task, the metric's name begins with the task's.
             name, _, rest = metric.rpartition(" ")
             setting: Any = dict(config=config, step=results["step"], local=result.get("local", False))
-            paper = beside(task, metric, **setting) or beside(name, rest, **setting)
+            paper = paper_values(task, metric, **setting) or paper_values(name, rest, **setting)
             lines.append((task, metric, f"{value:.4f}", paper))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -70,9 +70,9 @@ def perplexity(subject: Subject, settings: Settings) -> dict[str, Any]:
         starts = np.flatnonzero(tokens[:-1] == tokenizer.bos_id)
         texts = [tokenizer.decode(document) for document in np.split(tokens, starts)[1:]]
         sizes = [len(text.encode()) for text in texts]
-        mark = f" {number}" if len(sources) > 1 else ""
+        suffix = f" {number}" if len(sources) > 1 else ""
         total = measures(*sums.sum(0), sum(sizes))
-        metrics |= {f"{name}{mark}": total[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        metrics |= {f"{name}{suffix}": total[name] for name in ("loss", "perplexity", "bits_per_byte")}
         for text, size, row in zip(texts, sizes, sums, strict=True):
             documents.append({"text": text[:40], "source": number} | measures(*row, size))
             tqdm.write("{tokens:>10,}  {loss:>14.4f}  {perplexity:>10.2f}  {text!r}".format(**documents[-1]))

@@ -14,7 +14,7 @@ import numpy as np
 
 from idattn.config import Config
 from idattn.costs import count_parameters, state_size
-from idattn.evals.paper import RESULTS, mark
+from idattn.evals.paper import RESULTS, setting_note
 from idattn.study.figures import draw
 from idattn.study.grid import Cell, best_loss, by_condition
 
@@ -113,12 +113,13 @@ def _paper_perplexity(config: Config) -> str:
     """The paper's validation perplexity for a config's mixer, and what it is against softmax."""
     mixer, steps = config.model.mixers[0], config.train.steps
     scale, values = RESULTS["perplexity", "perplexity"]
-    if not mark("1.3B", config, steps):
+    if not setting_note("1.3B", config, steps):
         scale, losses = RESULTS["perplexity", "loss"]
         values = {name: math.exp(loss) for name, loss in losses.items()}
     if mixer not in values:
         return ""
-    return f"{mark(scale, config, steps)}{values[mixer]:.2f} ({100 * (values[mixer] / values['softmax'] - 1):+.1f} %)"
+    change = 100 * (values[mixer] / values["softmax"] - 1)
+    return f"{setting_note(scale, config, steps)}{values[mixer]:.2f} ({change:+.1f} %)"
 
 
 def _claims(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -184,7 +185,9 @@ def _paper_results(task: str, metrics: Iterable[str], config: Config) -> str:
     by_scale: dict[str, list[str]] = {}
     for name, (scale, values) in known.items():
         by_scale.setdefault(scale, []).append(f"{values[mixer]:g} ({name})")
-    return "; ".join(mark(scale, config, config.train.steps) + ", ".join(shown) for scale, shown in by_scale.items())
+    return "; ".join(
+        setting_note(scale, config, config.train.steps) + ", ".join(shown) for scale, shown in by_scale.items()
+    )
 
 
 def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
