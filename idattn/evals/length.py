@@ -5,7 +5,7 @@ from an empty state and without resets; all of its tokens but the first are pred
 tokens, but for less than a window at the end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,28 @@ from idattn.evals.scores import score_rows
 from idattn.inference import Decoder
 
 _BINS = 64  # of positions in a curve
+
+
+def corpus_paths(corpora: Iterable[str]) -> dict[str, str]:
+    """The sources of corpora by name.
+
+    Args:
+      corpora: each NAME=SOURCE, or SOURCE alone, whose name is that of its file up to the first dot. What exists as a
+        file or folder is a SOURCE; a NAME has no "/".
+
+    Raises:
+      ValueError: two have one name, or one has the name of the mean.
+    """
+    paths: dict[str, str] = {}
+    for corpus in corpora:
+        name, equals, path = corpus.partition("=")
+        if not equals or "/" in name or Path(corpus).exists():
+            name, path = Path(corpus).name.split(".")[0], corpus
+        if name in ("", "mean", *paths):
+            reason = f"as is {paths[name]}" if name in paths else "which no corpus can have"
+            raise ValueError(f"corpus {path} is named {name!r}, {reason}; give it another name, as NAME={path}.")
+        paths[name] = path
+    return paths
 
 
 def length_losses(

@@ -90,10 +90,8 @@ def measures(nats: float, tokens: float, size: int) -> dict[str, Any]:
 def lengths(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Perplexity in windows of each length over every corpus."""
     if settings.corpora:
-        streams = {}
-        for corpus in settings.corpora:
-            name, _, path = corpus.rpartition("=")
-            streams[name or Path(path).name.split(".")[0]] = load_stream(path, subject.tokenizer)
+        paths = length.corpus_paths(settings.corpora)
+        streams = {name: load_stream(path, subject.tokenizer) for name, path in paths.items()}
     else:
         _, _, sources = load_data(subject.config.data, subject.tokenizer)
         streams = {f"validation{n or ''}": windows.stream for n, windows in enumerate(sources)}

@@ -5,7 +5,7 @@ import pytest
 from helpers import assert_close
 from models import V, make_model, next_log_probs
 
-from idattn.evals.length import length_losses, mean_perplexities, plot_lengths
+from idattn.evals.length import corpus_paths, length_losses, mean_perplexities, plot_lengths
 from idattn.evals.scores import score_rows
 from idattn.inference import Decoder
 
@@ -59,3 +59,19 @@ def test_errors(decoder):
     for lengths in ([1, 20], [20, 201]):
         with pytest.raises(ValueError, match="at least 2 tokens, and at most the 200 tokens that novels has"):
             length_losses(decoder, np.zeros(200, int), lengths, num_tokens=1, batch_tokens=1, name="novels")
+
+
+def test_corpora_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en" / "a.txt").touch()
+    given = ["/x/lang=de/b.jsonl.gz", "pg19=/x/lang=de/b.jsonl.gz", "lang=en/a.txt", "lang=fr/c.txt", "hf:NAME"]
+    assert corpus_paths(given) == {
+        "b": "/x/lang=de/b.jsonl.gz", "pg19": "/x/lang=de/b.jsonl.gz", "a": "lang=en/a.txt", "lang": "fr/c.txt",
+        "hf:NAME": "hf:NAME",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"corpus de/t\.txt is named 't', as is en/t\.txt; .* as NAME=de/t\.txt"):
+        corpus_paths(["en/t.txt", "de/t.txt"])
+    for corpus in ("x/mean.txt", "mean=x.txt", "=x.txt", "x/.txt"):
+        with pytest.raises(ValueError, match="which no corpus can have"):
+            corpus_paths([corpus])
