@@ -80,6 +80,9 @@ def test_errors(checkpoint, tmp_path):
     (tmp_path / "results.json").write_text('{"checkpoint": "other", "step": 9, "tasks": {}}')
     with pytest.raises(ValueError, match="has the results of other, step 9, not those of .*, step 7; name another"):
         run_main(evaluate, *arguments, "--tasks=mqar")
+    (tmp_path / "results.json").write_text('{"checkpoint": "oth')
+    with pytest.raises(ValueError, match=r"results\.json is damaged \(not valid JSON.*\)\. Delete it to evaluate anew"):
+        run_main(evaluate, *arguments, "--tasks=mqar")
 
 
 def test_paper():

@@ -24,7 +24,7 @@ from absl import flags, logging
 from idattn.evals import harness
 from idattn.evals.paper import table
 from idattn.evals.tasks import TASKS, Settings, Subject, check_task, run_task
-from idattn.files import write_atomic
+from idattn.files import read_json, write_atomic
 from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 from idattn.trained import assemble
 
@@ -89,7 +89,7 @@ def main(_):
     file = out / "results.json"
     results: dict[str, Any] = {"checkpoint": str(FLAGS.checkpoint), "step": step, "tasks": {}}
     if file.exists():
-        found = json.loads(file.read_text())
+        found = read_json(file, "Delete it to evaluate anew, or name another folder with --out.")
         if {**found, "tasks": {}} != results:
             raise ValueError(
                 f"{file} has the results of {found['checkpoint']}, step {found['step']}, not those of "
