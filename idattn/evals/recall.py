@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idattn.data import Tokenizer, choose
-from idattn.evals.scores import continue_texts, score_rows
+from idattn.evals.scores import continue_texts, progress, score_rows
 from idattn.inference import Decoder
 
 # The noise, needle, question and answer prefix are the task that RULER defines (Hsieh et al. 2024, niah_single_1).
@@ -58,7 +58,7 @@ class Question(NamedTuple):
 def passkey(
     tokenizer: Tokenizer, length: int, count: int, *, answer_tokens: int = 128, seed: int = 42
 ) -> list[Question]:
-    """One number among repeated noise, to be told behind RULER's answer prefix; keys are of our own words.
+    """One number among repeated noise, asked for with RULER's answer prefix; the words of keys are other than RULER's.
 
     Args:
       tokenizer: counts the tokens.
@@ -70,10 +70,10 @@ def passkey(
     Raises:
       ValueError: there is no room for a line of noise.
     """
-    chance, questions = random.Random(f"passkey {seed}"), []
-    for _ in range(count):
-        key = f"{chance.choice(_ADJECTIVES)}-{chance.choice(_NOUNS)}"
-        value, place = str(1_000_000 + int(chance.random() * 9_000_000)), chance.random()
+    rng, questions = random.Random(f"passkey {seed}"), []
+    for _ in progress(range(count), f"passkey, prompts of {length}", "prompt"):
+        key = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+        value, place = str(1_000_000 + int(rng.random() * 9_000_000)), rng.random()
 
         def prompt(lines: int, key: str = key, value: str = value, place: float = place) -> str:
             text = [_NOISE] * lines
@@ -110,12 +110,12 @@ def phonebook(entries: int, count: int, *, seed: int = 42) -> list[Question]:
     names = [f"{first} {last}" for first in _FIRST for last in _LAST]
     if not 3 <= entries <= len(names):
         raise ValueError(f"{entries=} must be 3 (two examples and a question) to {len(names)} different names.")
-    chance, questions = random.Random(f"phonebook {seed}"), []
+    rng, questions = random.Random(f"phonebook {seed}"), []
     for _ in range(count):
-        people = choose(chance, names, entries)
-        numbers = [f"{_digits(chance, 3)}-{_digits(chance, 3)}-{_digits(chance, 4)}" for _ in people]
+        people = choose(rng, names, entries)
+        numbers = [f"{_digits(rng, 3)}-{_digits(rng, 3)}-{_digits(rng, 4)}" for _ in people]
         book = "".join(f"{name}: {number}\n" for name, number in zip(people, numbers, strict=True))
-        *examples, asked = choose(chance, list(range(entries)), 3)
+        *examples, asked = choose(rng, list(range(entries)), 3)
         shown = "".join(f"Person: {people[i]}\nNumber: {numbers[i]}\n\n" for i in examples)
         question = f"{_PHONEBOOK}\n\n{shown}Person: {people[asked]}\nNumber:"
         questions.append(Question(f"{book}\n{question}", numbers[asked]))
@@ -163,5 +163,5 @@ def mqar_accuracy(decoder: Decoder, tokens: np.ndarray, is_answer: np.ndarray, *
     return float(np.stack(best)[is_answer].mean())
 
 
-def _digits(chance: random.Random, count: int) -> str:
-    return f"{int(chance.random() * 10**count):0{count}d}"
+def _digits(rng: random.Random, count: int) -> str:
+    return f"{int(rng.random() * 10**count):0{count}d}"

@@ -1,13 +1,16 @@
 """Rows scored, and texts continued, in batches of one shape, sorted by length; every row is read whole."""
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from idattn.data import Tokenizer
 from idattn.inference import Decoder, generate_text, right_pad
+
+Item = TypeVar("Item")
 
 
 def score_rows(
@@ -25,7 +28,7 @@ def score_rows(
       For each row log_probs (T,) float32 in nats and is_best (T,) bool, as of `Decoder.score`.
     """
     results: list = [None] * len(rows)
-    for batch in tqdm(batches_by_length(rows, batch_size), unit="batch", desc=name, leave=False, disable=None):
+    for batch in progress(batches_by_length(rows, batch_size), name):
         filled = _fill(batch, min(batch_size, len(rows)))
         log_probs, is_best, _ = decoder.score(*right_pad([rows[i] for i in filled]))
         for n, i in enumerate(batch):
@@ -38,11 +41,23 @@ def continue_texts(
 ) -> list[str]:
     """What follows each prompt, from the start of a document, as of `generate_text` with its `options`."""
     written = [""] * len(prompts)
-    for batch in tqdm(batches_by_length(prompts, batch_size), unit="batch", desc="write", leave=False, disable=None):
+    for batch in progress(batches_by_length(prompts, batch_size), "write"):
         filled = [prompts[i] for i in _fill(batch, min(batch_size, len(prompts)))]
-        for i, found in zip(batch, generate_text(decoder, tokenizer, filled, num_tokens, **options), strict=False):
-            written[i] = found.text
+        for i, result in zip(batch, generate_text(decoder, tokenizer, filled, num_tokens, **options), strict=False):
+            written[i] = result.text
     return written
+
+
+def progress(items: Collection[Item], name: str, unit: str = "batch") -> Iterable[Item]:
+    """The items, with a bar on stderr from the start: the first of them waits for programs to be compiled.
+
+    Args:
+      items: to go through.
+      name: what the bar says.
+      unit: of an item.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(items, desc=name, unit=unit, leave=not terminal, mininterval=0.1 if terminal else 30)  # few log lines
 
 
 def batches_by_length(rows: Sequence[np.ndarray | str], batch_size: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from idattn.config import Config
 from idattn.data import Tokenizer, eval_batches, load_data, load_stream, mqar_rows
 from idattn.evals import harness, length, recall
 from idattn.evals.perplexity import document_losses, token_losses
+from idattn.evals.scores import progress
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 
@@ -65,7 +66,7 @@ def perplexity(subject: Subject, settings: Settings) -> dict[str, Any]:
         T = config.data.seq_len
         part = [windows[i] for i in range(min(len(windows), -(-settings.max_tokens // T)))]
         batches = list(eval_batches([part], config.train.batch_size, len(part)))
-        sums = document_losses(losses, tqdm(batches, unit="batch", leave=False, disable=None), tokenizer.bos_id)
+        sums = document_losses(losses, progress(batches, "perplexity"), tokenizer.bos_id)
         tokens = windows.stream[: len(part) * T + 1]
         starts = np.flatnonzero(tokens[:-1] == tokenizer.bos_id)
         texts = [tokenizer.decode(document) for document in np.split(tokens, starts)[1:]]

@@ -6,6 +6,7 @@ from models import next_log_probs
 
 from idattn.data import load_tokenizer, mqar_rows
 from idattn.evals.recall import Question, ask, fingerprint, mqar_accuracy, passkey, phonebook
+from idattn.evals.scores import progress
 from idattn.inference import generate_text
 
 BYTES = load_tokenizer("bytes")
@@ -63,6 +64,14 @@ def test_prompts_are_the_same_everywhere():
         "d3d2996176f31252f2fcf8c0e15d8c3661a21a91732fdb4374fa36ebc7e0ccc0",
         "d0589a24fa17ffa55b6dc3201459b01ec1c26dd17801cae2e0797748c86b2091",
     ]
+
+
+def test_long_work_is_announced(decoder, capsys):
+    """Before the first prompt is made and before the first batch compiles, also where stderr is a file."""
+    passkey(BYTES, 600, 2, answer_tokens=16)
+    assert "passkey, prompts of 600:   0%" in capsys.readouterr().err
+    for batch in progress([1, 2], "write"):
+        assert ("write:   0%" in capsys.readouterr().err) == (batch == 1)
 
 
 def test_ask(decoder):
