@@ -1,5 +1,6 @@
 """The run: data, steps, evaluations, checkpoints, and what is shown at the end."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -123,9 +124,10 @@ class _Run:
             return state
         stored, params, step = load_params(self.init_from)
         if stored.model != self.config.model:
+            differing = dataclasses.replace(self.config, model=stored.model)
             raise ValueError(
-                f"init_from={self.init_from!r} holds the weights of another model than this config's: {stored.model}, "
-                f"not {self.config.model}. Give this run the same model."
+                f"init_from={self.init_from!r} holds the weights of another model than this config's "
+                f"({'; '.join(self.config.differences(differing))}). Give this run the same model."
             )
         _say(f"weights from {self.init_from}, step {step}")
         return state | {

@@ -271,8 +271,10 @@ def test_init_from_refuses_another_model(finished, corpus, tmp_path, change, bef
     _, reference, _ = finished
     config = make_config(corpus)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
-    with pytest.raises(ValueError, match="holds the weights of another model"):
+    with pytest.raises(ValueError, match="holds the weights of another model") as error:
         train(config, tmp_path / "run", init_from=str(reference))
+    ((name, value),) = change.items()
+    assert f"than this config's (model.{name}: " in str(error.value) and f" there, {value!r} now)." in str(error.value)
     assert before_first_step == []
 
 
