@@ -28,8 +28,8 @@ ALLOWED = {
     "inference": {"data", "nn", "ops", "sharding", "files", "config", "choices"},
     "evals": {"inference", "data", "loss", "nn", "ops", "files", "config", "choices"},
     "costs": {"nn", "config", "choices"},
-    "study": {"evals", "costs", "files", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices"},
+    "study": {"train", "evals", "costs", "files", "config", "config_files", "choices"},
     "trained": {"train", "inference", "data", "nn", "config"},
 }
 ALLOWED["cli"] = set(ALLOWED)

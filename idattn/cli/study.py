@@ -11,31 +11,18 @@ command: each takes cells that no other is at. Where a cell takes several hosts,
 is missing, for launch/tpu.sh or launch/slurm.sh; cells that are trained and evaluated are then recorded by this one.
 """
 
-import fcntl
-import json
 import shlex
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
-from typing import IO, Any
 
 from absl import flags
 from tqdm import tqdm
 
-from idattn.config import Config, from_config_dict
-from idattn.config_files import load_module
-from idattn.files import write_atomic
-from idattn.study import Cell, Study, read_records, record_file, versions, write_report
-from idattn.train.metrics import read_metrics
+from idattn.study import read_records, write_report
+from idattn.study.runner import Runner
 
 FLAGS = flags.FLAGS
-_LOG_LINES = 15  # of a failed cell, in its record
 
 
 def define_flags() -> None:
@@ -44,140 +31,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("jobs", 1, "Cells at a time on this machine; 1 for an accelerator.", lower_bound=1)
     flags.DEFINE_bool("report", False, "Only report what the records say.")
     flags.DEFINE_bool("dry_run", False, "Only print the commands of what is missing.")
-
-
-def load_study(file: str) -> tuple[Study, dict[Cell, Config]]:
-    """A study and the configs of its cells.
-
-    Raises:
-      ValueError: the file defines no study.
-    """
-    module = load_module(file)
-    study = getattr(module, "STUDY", None)
-    if not isinstance(study, Study):
-        raise ValueError(f"{file} has no STUDY; name a config that defines one, such as study_cpu.")
-    return study, {cell: from_config_dict(module.get_config(str(cell))) for cell in study.cells}
-
-
-class Runner:
-    """Brings cells as far as records, in processes of their own.
-
-    Args:
-      file: of the study.
-      workdir: folder of the study.
-    """
-
-    def __init__(self, file: str, workdir: Path):
-        self.file, self.workdir = file, workdir
-        self.study, self.configs = load_study(file)
-        self.stopped = threading.Event()
-        self._processes: set[subprocess.Popen] = set()
-
-    def stop(self, number: int, frame: Any) -> None:
-        """Have the runs save and end, and start no other: a handler of signals."""
-        self.stopped.set()
-        for process in list(self._processes):
-            process.terminate()
-
-    def is_done(self, cell: Cell) -> bool:
-        """Whether a cell has a record that is not of a failure."""
-        file = record_file(self.workdir / "cells", cell)
-        return file.exists() and "error" not in json.loads(file.read_text())
-
-    def missing(self, cell: Cell) -> Iterator[tuple[str, list[str]]]:
-        """The entry points, with their arguments, that a cell without a record still has to go through, in order."""
-        run, config = self.workdir / "runs" / str(cell), self.configs[cell]
-        if not (run / "checkpoints" / str(config.train.steps)).is_dir():  # which is there whole, or not at all
-            yield "train", [f"--config={self.file}:{cell}", f"--workdir={run}"]
-        found = _evaluations(run)
-        tasks = next(flag for flag in self.study.evaluate if flag.startswith("--tasks="))
-        if not found or found["step"] < config.train.steps or set(tasks[8:].split(",")) - set(found["tasks"]):
-            yield "evaluate", [f"--checkpoint={run}", *self.study.evaluate, f"--out={run / 'evals'}"]
-
-    def prepare(self) -> None:
-        """Prepare the text, if the study names one, nobody has, and a cell still needs it."""
-        if not self.study.prepare or all(map(self.is_done, self.study.cells)):
-            return
-        log = self.workdir / "runs" / "prepare.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._call("prepare-data", list(self.study.prepare), log, lock):
-                raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
-
-    def finish(self, cell: Cell) -> str:
-        """Train and evaluate a cell as far as it is not yet, and write its record; returns what became of it."""
-        file, run = record_file(self.workdir / "cells", cell), self.workdir / "runs" / str(cell)
-        if self.stopped.is_set():
-            return "not begun"
-        with _claimed(run.with_name(f"{cell}.lock")) as lock:
-            if lock is None:
-                return "under way elsewhere"
-            if self.is_done(cell):
-                return "done before"
-            log = run.with_name(f"{cell}.log")
-            for name, arguments in self.missing(cell):
-                failed = self._call(name, arguments, log, lock)
-                if self.stopped.is_set():
-                    return "stopped"
-                if failed or name in (step for step, _ in self.missing(cell)):
-                    error = _end(log) or f"idattn {name} ended with status {failed} and printed nothing"
-                    write_atomic(file, json.dumps({"error": error}, indent=1))
-                    return f"failed, see {log}"
-            found, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
-            curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
-            record = {
-                "config": json.loads((run / "config.json").read_text()),
-                "versions": versions(),
-                "device": next(iter(found["tasks"].values()))["device"],
-                "date": date.today().isoformat(),
-                "curve": curve,
-                "evaluations": {
-                    task: {name: value for name, value in result.items() if name not in ("answers", "documents")}
-                    for task, result in found["tasks"].items()
-                },
-            }
-            write_atomic(file, json.dumps(record, indent=1))
-            return f"done, validation loss {curve[-1][1]:.4f} nats per token"
-
-    def _call(self, name: str, arguments: list[str], log: Path, lock: IO) -> int:
-        """Run an entry point; it inherits the lock, so that the cell stays claimed should this process be killed."""
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "idattn", name, *arguments],
-                stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()], start_new_session=True,
-            )  # fmt: skip
-            self._processes.add(process)
-            if self.stopped.is_set():
-                process.terminate()
-            code = process.wait()
-        self._processes.discard(process)
-        return code
-
-
-@contextmanager
-def _claimed(file: Path) -> Iterator[IO | None]:
-    """The file, locked until this process and those that inherit it are through; None where another has it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield lock
-
-
-def _evaluations(run: Path) -> dict[str, Any] | None:
-    """The results of `idattn evaluate` for a run, if it has any."""
-    file = run / "evals" / "results.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def _end(log: Path) -> str:
-    """The last lines of a log, of lines written over one another the last."""
-    lines = [line.rsplit("\r", 1)[-1] for line in log.read_text().rstrip().split("\n")]
-    return "\n".join(lines[-_LOG_LINES:])
 
 
 def main(_):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,7 +11,6 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from idattn.config import Config, from_config_dict
@@ -27,6 +24,7 @@ from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
+from idattn.train.stop import StopRequest
 from idattn.train.storage import LocalFolder
 
 
@@ -273,37 +271,6 @@ class _Run:
             temperature=0.8,
         )
         return completion.text
-
-
-class StopRequest:
-    """Whether the run was asked to stop; a context manager that catches SIGTERM and the first Ctrl-C.
-
-    A signal that arrives while something is compiled, evaluated or saved is kept until the next step. Of several
-    processes each may get the notice at another time: jax's coordination service, which then catches SIGTERM, names the
-    step that all of them reach.
-    """
-
-    def __init__(self):
-        self.reason = "a preemption notice"
-        self._asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop before the step after `step`, the same on all processes."""
-        return self._asked or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.reason, self._asked = signal.Signals(number).name, True
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])  # a second Ctrl-C stops at once
 
 
 def _is_first() -> bool:
