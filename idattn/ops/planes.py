@@ -53,8 +53,8 @@ def powers(x: jax.Array, count: int) -> jax.Array:
 
 def power(x: jax.Array, count: jax.Array, largest: int) -> jax.Array:
     """x^count, (B, *x.shape), of planes x (..., 2, M) for counts (B,) from 0 to `largest`, by repeated squaring."""
-    result = jnp.zeros_like(x).at[..., 0, :].set(1)[None]
-    square = x
+    one = jnp.zeros_like(x).at[..., 0, :].set(1)
+    result, square = jnp.broadcast_to(one[None], (count.shape[0], *x.shape)), x
     for bit in range(largest.bit_length()):
         is_set = (count >> bit & 1).reshape(-1, *[1] * x.ndim) == 1
         result = jnp.where(is_set, complex_multiply(result, square[None]), result)
