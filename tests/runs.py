@@ -26,6 +26,25 @@ from idattn.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+# Flags of `idattn train`: a run of three steps, without text.
+TINY = [
+    "--config=configs/quickstart.py",
+    "--config.model.model_dim=12",
+    "--config.model.num_layers=1",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.mixers=('softmax',)",
+    "--config.data.seq_len=16",
+    "--config.data.holdout=('b',)",
+    "--config.optim.warmup_steps=1",
+    "--config.train.steps=3",
+    "--config.train.batch_size=2",
+    "--config.train.log_every=1",
+    "--config.train.eval_batches=1",
+    "--config.train.ngram_orders=1",
+    "--config.train.sample_prompt=ab",
+    "--config.train.sample_tokens=4",
+]
 # Pauses after every step, and before a checkpoint is complete; logs a digest of every row of the batches it reads.
 CHILD = """
 import hashlib, json, pathlib, sys, time

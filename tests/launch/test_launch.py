@@ -5,29 +5,9 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "--config=configs/quickstart.py",
-    "--config.model.model_dim=12",
-    "--config.model.num_layers=1",
-    "--config.model.num_heads=2",
-    "--config.model.mlp_dim=16",
-    "--config.model.mixers=('softmax',)",
-    "--config.data.seq_len=16",
-    "--config.data.holdout=('b',)",
-    "--config.optim.warmup_steps=1",
-    "--config.train.steps=3",
-    "--config.train.batch_size=2",
-    "--config.train.log_every=1",
-    "--config.train.eval_batches=1",
-    "--config.train.ngram_orders=1",
-    "--config.train.sample_prompt=ab",
-    "--config.train.sample_tokens=4",
-]
+from runs import ROOT, TINY
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +120,7 @@ def test_data(start, tmp_path):
 
 
 def test_generate_and_export(start, trained, tmp_path):
-    """What `tests/test_generate.py` starts in its own process; here from a run's checkpoint, and from its export."""
+    """What `test_generate.py` starts in its own process; here from a run's checkpoint, and from its export."""
     _, workdir = trained
     assert start("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
     texts = []

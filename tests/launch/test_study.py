@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STUDY = """
 from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
 from idattn.study import Study, grid
