@@ -30,7 +30,7 @@ ALLOWED = {
     "costs": {"nn", "config", "choices"},
     "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices"},
     "study": {"train", "evals", "costs", "files", "config", "config_files", "choices"},
-    "trained": {"train", "inference", "data", "nn", "config"},
+    "trained": {"train", "inference", "data", "nn", "sharding", "config"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 TRAINING_ONLY = {
