@@ -16,6 +16,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from configs import paper
+from idattn.chips import device_peak_flops
 from idattn.config import from_config_dict
 from idattn.costs import training_flops_per_token
 from idattn.data import (
@@ -28,7 +29,6 @@ from idattn.data import (
     prepare,
     train_iterator,
 )
-from idattn.train.metrics import device_peak_flops
 
 SOURCE = flags.DEFINE_string("source", "austen", "Text to prepare, as for launch.prepare_data.")
 TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "Tokenizer, as for launch.prepare_data.")

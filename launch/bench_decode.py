@@ -34,8 +34,8 @@ from idattn.config import ComputeConfig, ModelConfig, from_config_dict
 from idattn.costs import decode_bytes
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
-from launch.tpu_compiler import load_compiler
-from launch.tpu_traffic import decode_traffic
+from idattn.plan.compiler import load_compiler, tpu_devices
+from idattn.plan.traffic import decode_traffic
 
 FLAGS = flags.FLAGS
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # root-mean-square error of logits relative to the whole pass
@@ -132,10 +132,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
     if row["context_bytes"] > FLAGS.max_gib * 2**30:
         return
     if FLAGS.topology:
-        from jax.experimental import topologies
-
-        device = topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices[0]
-        programs = decoder.lower(batch_size, room, device=device)
+        programs = decoder.lower(batch_size, room, device=tpu_devices(FLAGS.topology)[0])
         decode = programs["decode"].compile()
         row["token_bytes"], row["block_share_bytes"] = decode_traffic(decode.as_text(), FLAGS.steps)
         row["decode_bytes"] = decode.memory_analysis().temp_size_in_bytes
@@ -205,7 +202,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main(_):
     if FLAGS.topology:
-        load_compiler(dump=False)
+        load_compiler()
     bandwidth = 0.0 if FLAGS.topology else copy_bandwidth()
     where = FLAGS.topology or f"{jax.local_devices()[0].device_kind}, a copy moves {bandwidth / 1e9:.1f} GB/s"
     title = f"jax {jax.__version__} on {where}; {FLAGS.dtype}, states {FLAGS.state_dtype}, {FLAGS.steps} steps"

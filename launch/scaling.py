@@ -4,7 +4,7 @@ python -m launch.scaling --out=docs/scaling
 
 For each model, slice and context the first of these plans that fits: nothing recomputed, then dots, mixer, block, each
 in one pass over the batch, then in parts. A step has 524,288 tokens, or one row where that is longer. Every figure is
-from a train step that the TPU's compiler compiled (`launch.aot`), so a row takes a minute or more. OUT.json keeps the
+from a train step that the TPU's compiler compiled (`idattn plan`), so a row takes a minute or more. OUT.json keeps the
 rows as they come; those that are there are not compiled again.
 """
 
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from configs.paper import get_config
 from idattn.config import MeshConfig, from_config_dict
-from launch.aot import compile_step
-from launch.tpu_compiler import load_compiler
+from idattn.plan.compiler import load_compiler
+from idattn.plan.step import compile_step
 
 FLAGS = flags.FLAGS
 STEP = 524_288  # tokens
@@ -135,7 +135,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(_):
-    load_compiler(dump=False)
+    load_compiler()
     out = Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".json")

@@ -11,7 +11,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.extend.backend import clear_backends  # noqa: E402
 
-from launch.tpu_compiler import load_compiler  # noqa: E402
+from idattn.plan.compiler import load_compiler  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
 
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 def libtpu():
     """The TPU's compiler."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
-    load_compiler(dump=False)
+    load_compiler()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The benchmark of decoding: rows for all that is right, none for what is wrong; and what a TPU's program moves."""
+"""The benchmark of decoding: rows for all that is right, none for what is wrong."""
 
 import json
 
@@ -7,7 +7,7 @@ from helpers import defined_flags, run_main
 
 from idattn.costs import count_parameters, decode_bytes
 from idattn.ops import blockwise
-from launch import bench_decode, tpu_traffic
+from launch import bench_decode
 
 TOY = ["--scale=cpu", "--warmup=0", "--repeats=1", "--steps=8", "--chunk_size=64"]
 
@@ -61,51 +61,6 @@ def test_bytes_that_must_move():
     longer, short = (decode_bytes(softmax, 3, n, dtype="bfloat16", state_dtype="float32") for n in (1009, 9))
     assert longer - short == 3 * 24 * 1000 * 2 * 2048 * 2
     assert 0 < weights - 2 * (count_parameters(config)["total"] - 32_000 * 2048) < 0.011 * weights  # C is float32
-
-
-HLO = """
-HloModule m
-
-%cond (p: (s32[], f32[4,8,128])) -> pred[] {
-  %p = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %n = s32[]{:T(128)} constant(4)
-  ROOT %lt = pred[]{:T(512)S(6)} compare(%i, %n), direction=LT
-}
-
-%fused (a: f32[4,8,128], i: s32[]) -> f32[4,8,128] {
-  %a = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
-  %i.1 = s32[]{:T(128)} parameter(1)
-  %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%a, %i.1), dynamic_slice_sizes={1,8,128}
-  %twice = f32[1,8,128]{2,1,0:T(8,128)} add(%slice, %slice)
-  ROOT %update = f32[4,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%a, %twice, %i.1)
-}
-
-%body (p.1: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
-  %p.1 = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
-  %i.2 = s32[]{:T(128)S(6)} get-tuple-element(%p.1), index=0
-  %a.1 = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%p.1), index=1
-  %a.2 = f32[4,8,128]{2,1,0:T(8,128)} fusion(%a.1, %i.2), kind=kLoop, calls=%fused
-  %near = f32[8,64]{1,0:T(8,128)S(1)} broadcast(%i.2)
-  %far = f32[8,64]{1,0:T(8,128)} copy(%near)
-  ROOT %t = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) tuple(%i.2, %a.2)
-}
-
-ENTRY %main (x: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
-  %x = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
-  ROOT %loop = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) while(%x), condition=%cond, body=%body
-}
-"""
-
-
-def test_traffic_of_a_program():
-    """A slice read and written in place, and a copy out of on-chip memory whose tiles are half empty; four times."""
-    module = tpu_traffic.parse(HLO)
-    assert tpu_traffic.moved_bytes(module, "ENTRY") == 4 * (2 * 4096 + 4096)
-    with pytest.raises(ValueError, match="0 loops of the program hold loops"):
-        tpu_traffic.decode_traffic(HLO, 8)
-    with pytest.raises(ValueError, match="cannot tell how often the loop loop runs"):
-        tpu_traffic.moved_bytes(tpu_traffic.parse(HLO.replace("constant(4)", "parameter(1)")), "ENTRY")
 
 
 @pytest.mark.slow

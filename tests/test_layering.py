@@ -18,6 +18,7 @@ ALLOWED = {
     "choices": set(),
     "files": set(),
     "shapes": set(),
+    "chips": set(),
     "sharding": {"config"},
     "loss": {"ops", "sharding"},
     "config": {"checks", "choices", "ops"},
@@ -28,9 +29,10 @@ ALLOWED = {
     "inference": {"data", "nn", "ops", "sharding", "files", "config", "choices"},
     "evals": {"inference", "data", "loss", "nn", "ops", "files", "config", "choices"},
     "costs": {"nn", "config", "choices"},
-    "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices"},
+    "train": {"data", "nn", "loss", "inference", "evals", "costs", "sharding", "files", "config", "choices", "chips"},
     "study": {"train", "evals", "costs", "files", "config", "config_files", "choices"},
     "trained": {"train", "inference", "data", "nn", "sharding", "config"},
+    "plan": {"train", "nn", "ops", "costs", "sharding", "config", "chips"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 TRAINING_ONLY = {

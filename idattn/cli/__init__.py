@@ -24,6 +24,9 @@ PROGRAMS = {
     "prepare-data": "idattn.cli.prepare_data",
     "inspect-data": "idattn.cli.inspect_data",
     "study": "idattn.cli.study",
+    "plan": "idattn.cli.plan",
+    "schedule": "idattn.cli.schedule",
+    "bench-ops": "idattn.cli.bench_ops",
     "plot-kernel": "idattn.cli.plot_kernel",
     "plot-ideal": "idattn.cli.plot_ideal",
 }

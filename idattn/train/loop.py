@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
+from idattn.chips import device_peak_flops
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, training_flops_per_token
 from idattn.data import count_epochs, digests, eval_batches, load_data, train_iterator
@@ -22,7 +23,7 @@ from idattn.files import resolve_path
 from idattn.inference import Decoder, generate_text
 from idattn.sharding import local_rows, place
 from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
-from idattn.train.metrics import MetricsWriter, device_peak_flops, plot_losses, read_metrics
+from idattn.train.metrics import MetricsWriter, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
 from idattn.train.stop import StopRequest
 from idattn.train.storage import LocalFolder

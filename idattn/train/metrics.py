@@ -1,4 +1,4 @@
-"""What a run reports: scalars in a JSONL file and TensorBoard, a plot of the losses, and the peak FLOP/s of devices."""
+"""What a run reports: scalars in a JSONL file and TensorBoard, and a plot of the losses."""
 
 import json
 import math
@@ -11,44 +11,6 @@ from tensorboardX import SummaryWriter
 
 from idattn.files import resolve_path, write_atomic
 from idattn.train.storage import LocalFolder
-
-# Published dense bfloat16 FLOP/s for each jax device, by `device_kind`. A device is a whole chip, but for TPU v3 and
-# TPU7x, where it is one of the chip's two TensorCores. Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x};
-# NVIDIA's data sheets of each GPU, which mostly state twice this for sparse matrices (RTX 6000 Ada: four times, in
-# FP8). jax/_src/tpu_info.py lists the names of TPUs; those of GPUs are what the driver calls them.
-_PEAK_FLOPS = {
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.5e12,
-    "NVIDIA H100 PCIe": 756.5e12,
-    "NVIDIA H200": 989.5e12,
-    "NVIDIA GH200 480GB": 989.5e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA RTX 6000 Ada Generation": 364.25e12,
-}
-
-
-def device_peak_flops(device_kind: str) -> float | None:
-    """The published dense bfloat16 FLOP/s of one jax device.
-
-    Args:
-      device_kind: `jax.Device.device_kind`.
-
-    Returns:
-      FLOP/s, or None for a device that is not in the table, such as a CPU or a slice of a GPU.
-    """
-    return _PEAK_FLOPS.get(device_kind)
 
 
 class MetricsWriter:

@@ -10,7 +10,7 @@ from helpers import assert_close
 from idattn.config import SSMConfig
 from idattn.nn.layers import HeadNorm, RMSNorm, ShortConv, StateBasis, feature_map, rotate_positions
 from idattn.ops import find_segments
-from launch.tpu_compiler import compile_for
+from idattn.plan.compiler import compile_for
 
 
 @pytest.fixture

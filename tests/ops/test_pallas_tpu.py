@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from idattn.ops import interdomain_attention
-from launch.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
-from launch.tpu_compiler import compile_for
+from idattn.plan.compiler import compile_for
+from idattn.plan.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 QUICK = [("v5e:2x2", "1.3B", "bfloat16"), ("v6e:2x2", "760M", "float32")]

@@ -1,0 +1,68 @@
+"""Published figures of the accelerators that runs are planned for and measured on: one row a chip."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """Figures of one jax device: a whole chip, but for TPU v3 and TPU7x, where it is one of the chip's two TensorCores.
+
+    Those that only a planner needs are None for chips that nothing is planned for.
+    """
+
+    kinds: tuple[str, ...]  # jax.Device.device_kind
+    flops: float  # a second, dense, bfloat16
+    hbm_gib: float | None = None
+    hbm_bytes: float | None = None  # a second
+    link_bytes: float | None = None  # a second, one way, all links together
+    clock: float | None = None  # cycles a second
+    cores: int | None = None  # TensorCores that work on one program
+    mxus: int | None = None  # arrays of a core
+    mxu_width: int | None = None
+
+
+# Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets of each GPU, which mostly state
+# twice this for sparse matrices (RTX 6000 Ada: four times, in FP8). jax/_src/tpu_info.py lists the names of TPUs; those
+# of GPUs are what the driver calls them. Clocks are what the peaks need: cores x mxus x width^2 x 2 x clock = flops.
+CHIPS = {
+    "v3": Chip(("TPU v3",), 123e12 / 2),
+    "v4": Chip(("TPU v4",), 275e12),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, 200e9, clock=1.5e9, cores=1, mxus=4, mxu_width=128),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95, 2765e9, 600e9, clock=1.75e9, cores=2, mxus=4, mxu_width=128),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1600e9, 400e9, clock=1.75e9, cores=1, mxus=4, mxu_width=256),
+    "tpu7x": Chip(("TPU7x",), 2307e12 / 2),
+    "A100": Chip(
+        (
+            "NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe",
+        ),
+        312e12,
+    ),
+    "H100": Chip(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"), 989.5e12),
+    "H100 PCIe": Chip(("NVIDIA H100 PCIe",), 756.5e12),
+    "L4": Chip(("NVIDIA L4",), 121e12),
+    "RTX 6000 Ada": Chip(("NVIDIA RTX 6000 Ada Generation",), 364.25e12),
+}  # fmt: skip
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a TPU topology, as v5e:2x2.
+
+    Raises:
+      ValueError: nothing is planned for such chips.
+    """
+    planned = {name: chip for name, chip in CHIPS.items() if chip.clock}
+    name = topology.split(":")[0]
+    if name not in planned:
+        raise ValueError(f"{topology=} must start with one of {', '.join(planned)}.")
+    return planned[name]
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """The published dense bfloat16 FLOP/s of one jax device.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+
+    Returns:
+      FLOP/s, or None for a device that is not in the table, such as a CPU or a slice of a GPU.
+    """
+    return next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -1,0 +1,111 @@
+"""Pallas kernels of a program for TPUs: steps of their grids, bytes, products, and bundles as libtpu schedules them."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from idattn.chips import Chip
+from idattn.plan.compiler import compile_for
+
+
+class Kernel(NamedTuple):
+    """A Pallas kernel."""
+
+    call: Any  # the equation that calls it
+
+    @property
+    def name(self) -> str:
+        return self.call.params["name"]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the grid."""
+        return math.prod(self.call.params["grid_mapping"].grid)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes that the grid moves, a block whenever its index changes from one step to the next."""
+        return _traffic(self.call.params["grid_mapping"])
+
+    def mxu_cycles(self, chip: Chip) -> float:
+        """Cycles of the grid's matrix products if every array were always busy."""
+        return self.steps * _mxu_cycles(self.call.params["jaxpr"], chip)
+
+
+def find_kernels(jaxpr) -> list[Kernel]:
+    """The Pallas kernels that a jaxpr calls, nested programs included."""
+    return [Kernel(eqn) for eqn in _equations(jaxpr) if eqn.primitive.name == "pallas_call"]
+
+
+def count_bundles(kernel: Kernel, topology: str, dump: str) -> tuple[int, int]:
+    """The bundles of a grid step, and how many of them are empty, from compiling the kernel alone.
+
+    Args:
+      kernel: all of its code counts, also what runs in some steps only.
+      topology: as v5e:2x2.
+      dump: the folder that the compiler was loaded with; it is emptied.
+    """
+    arguments = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in kernel.call.invars]
+
+    def alone(*arguments):
+        return kernel.call.primitive.bind(*arguments, **kernel.call.params)
+
+    alone.__name__ = kernel.name  # which XLA names the kernel after, or the kernel's own name
+    for file in Path(dump).iterdir():
+        file.unlink()
+    compile_for(topology, alone, *arguments)
+    files = list(Path(dump).glob(f"*{kernel.name}*schedule-analysis_packed-bundles-post-ra.txt"))
+    if len(files) != 1:
+        raise RuntimeError(f"expected one schedule of {kernel.name} in {dump}, found {files}")
+    total, empty = re.findall(r"(?:total|empty) scheduled bundles:\s+(\d+)", files[0].read_text())[:2]
+    return int(total), int(empty)
+
+
+def _equations(jaxpr) -> Iterator[Any]:
+    """All equations, also those of nested programs but for the bodies of kernels."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name != "pallas_call":
+            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _traffic(grid_mapping) -> int:
+    """Bytes moved between HBM and VMEM by a walk over the grid, last axis fastest."""
+    indices = [x.ravel() for x in np.indices(grid_mapping.grid)]
+    total = 0
+    for mapping in grid_mapping.block_mappings:
+        index_map = mapping.index_map_jaxpr
+        rest = [0] * (len(index_map.jaxpr.invars) - len(indices))  # prefetched scalars, which no index map here reads
+        evaluate = jax.vmap(lambda *i, index_map=index_map, rest=rest: jaxpr_as_fun(index_map)(*i, *rest))
+        blocks = np.stack([np.broadcast_to(x, indices[0].shape) for x in evaluate(*indices)])
+        moves = 1 + int(np.count_nonzero(np.any(blocks[:, 1:] != blocks[:, :-1], axis=0)))
+        size = math.prod(getattr(width, "block_size", width) for width in mapping.block_shape)
+        total += moves * size * mapping.array_aval.dtype.itemsize
+    return total
+
+
+def _mxu_cycles(jaxpr, chip: Chip) -> float:
+    """Cycles of one grid step's products, rows entering an array one a cycle.
+
+    An array that is half filled counts as whole; float32 products in full precision are six of bfloat16.
+    """
+    cycles = 0
+    for eqn in _equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            x, y = (v.aval for v in eqn.invars)
+            depth = math.prod(x.shape[axis] for axis in contract)
+            passes = 6 if x.dtype == jnp.float32 else 1
+            rows, columns = x.size // depth, y.size // depth
+            cycles += passes * rows * math.ceil(depth / chip.mxu_width) * math.ceil(columns / chip.mxu_width)
+    return cycles / chip.mxus

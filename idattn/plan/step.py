@@ -1,0 +1,135 @@
+"""A run's train step compiled for a TPU slice: memory, bytes between chips, FLOPs, and how fast it could be."""
+
+import math
+import re
+from typing import Any
+
+import jax
+
+from idattn.chips import Chip, chip_of
+from idattn.config import Config
+from idattn.costs import count_parameters, forward_flops_per_token, training_flops_per_token
+from idattn.plan.compiler import tpu_devices
+from idattn.plan.hlo import count_collectives, parse
+from idattn.sharding import make_mesh
+from idattn.train.step import Trainer
+
+
+def compile_step(config: Config, topology: str) -> dict[str, Any]:
+    """What the TPU's compiler says of a run on a slice; the compiler must be loaded.
+
+    Args:
+      config: of the run.
+      topology: as v5e:4x4.
+
+    Returns:
+      Figures of one chip and step, JSON-ready: `fits`, False where the compiler ran out of HBM; memory; `sent_bytes` by
+      kind of collective; FLOPs; `seconds`, how long products, HBM and links need at published peaks, of which the
+      longest is a bound, not a prediction.
+
+    Raises:
+      ValueError: the mesh does not fit the slice, or does not divide what it splits.
+    """
+    chip = chip_of(topology)
+    devices = tpu_devices(topology)
+    trainer = Trainer(config, make_mesh(config.mesh, devices))
+    state = trainer.abstract_state()
+    figures = {
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(trainer.mesh.shape),
+        "hbm_gib": chip.hbm_gib,
+        "parameter_bytes": _shard_bytes(state["params"]),
+        "optimiser_bytes": _shard_bytes(state["opt_state"]),
+    } | _times(config, dict(trainer.mesh.shape), chip)
+    try:
+        compiled = trainer.lower_step().compile()
+    except jax.errors.JaxRuntimeError as error:
+        # "... temporaries (29.86G) exceeds available HBM (15.75G)", or "Used 17.2G of 15.75G hbm".
+        used = re.search(r"([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+            raise
+        return figures | {"fits": False, "needed_gib": float(used[1]), "usable_gib": float(used[2])}
+    sent = count_collectives(parse(compiled.as_text()))
+    memory = compiled.memory_analysis()
+    figures |= {
+        "fits": True,
+        # At the peak; temp_size_in_bytes also counts what is never there at the same time.
+        "temporary_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
+        "peak_gib": (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / 2**30,
+        "sent_bytes": sent,
+    }
+    seconds = figures["seconds"]
+    seconds["links"] = sum(sent.values()) / chip.link_bytes
+    figures["bound"] = max(seconds, key=seconds.get)
+    figures["mfu_at_most"] = figures["flops"] / chip.flops / max(seconds.values())
+    return figures
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays given by shape and sharding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _times(config: Config, mesh: dict[str, int], chip: Chip) -> dict[str, Any]:
+    """FLOPs and seconds of a step on each chip, without what crosses between chips."""
+    model, compute = config.model, config.compute
+    chips, tokens = math.prod(mesh.values()), config.train.batch_size * config.data.seq_len
+    forward = forward_flops_per_token(model, config.data.seq_len) - 2 * model.model_dim * model.vocab_size
+    again = {"none": 0.0, "dots": 0.0, "mixer": forward, "block": forward}[compute.remat]  # of the blocks
+    flops = training_flops_per_token(model, config.data.seq_len) * tokens / chips
+    recomputed = (again + 2 * model.model_dim * model.vocab_size) * tokens / chips  # logits are always
+    # Every product reads and writes its activations about once a pass, a layer's weights once a pass and part.
+    passes = 3 if again == 0 else 4
+    parameters = count_parameters(model)["total"]
+    width = jax.numpy.dtype(compute.dtype).itemsize
+    activations = model.num_layers * (10 * model.model_dim + 4 * model.mlp_dim) + model.vocab_size
+    weights = parameters / mesh["tensor"] * width * config.train.accumulation
+    state = 32 * parameters / (mesh["fsdp"] * mesh["tensor"])  # gradient, parameter, moments: read and written, float32
+    hbm = passes * (weights + activations * width * tokens / (chips / mesh["tensor"]) / mesh["tensor"]) + state
+    seconds = {"products": (flops + recomputed) / chip.flops, "HBM": hbm / chip.hbm_bytes}
+    return {"flops": flops, "recomputed_flops": recomputed, "hbm_bytes": hbm, "seconds": seconds}
+
+
+def advice(figures: dict[str, Any], config: Config) -> str:
+    """What makes a run that does not fit smaller."""
+    part = config.train.batch_size // config.train.accumulation
+    rows = part // (figures["mesh"]["data"] * figures["mesh"]["fsdp"])
+    options = []
+    if config.compute.remat != "block":
+        options.append("--config.compute.remat=block")
+    if rows > 1:
+        options.append(f"--config.train.accumulation={2 * config.train.accumulation} ({rows} rows a chip now)")
+    if figures["mesh"]["data"] > 1:
+        options.append(f"--config.mesh.fsdp={figures['mesh']['fsdp'] * figures['mesh']['data']}")
+    options.append("--config.mesh.sequence or --config.mesh.tensor greater, or more chips")
+    return "; ".join(options)
+
+
+def describe(figures: dict[str, Any], config: Config) -> str:
+    """The figures as text."""
+    gib = 2**30
+    mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
+    lines = [f"{'+'.join(config.model.mixers)} on {figures['topology']}, {figures['chips']} chips ({mesh}), each:"]
+    for name in ("parameter", "optimiser", "temporary", "program"):
+        if f"{name}_bytes" in figures:
+            lines.append(f"  {name + ' memory':<26}{figures[f'{name}_bytes'] / gib:>10.2f} GiB")
+    if not figures["fits"]:
+        lines.append(
+            f"DOES NOT FIT: {figures['needed_gib']:.2f} GiB needed, {figures['usable_gib']:.2f} GiB there. "
+            f"Try {advice(figures, config)}."
+        )
+        return "\n".join(lines)
+    spare = figures["hbm_gib"] - figures["peak_gib"]
+    lines.append(
+        f"  {'in all':<26}{figures['peak_gib']:>10.2f} GiB of {figures['hbm_gib']}: fits, {spare:.2f} GiB spare"
+    )
+    for kind, size in sorted(figures["sent_bytes"].items()):
+        lines.append(f"  {kind + ' sends':<26}{size / 1e9:>10.3f} GB a step")
+    lines.append(
+        f"  {'FLOPs':<26}{figures['flops'] / 1e12:>10.1f} T a step, {figures['recomputed_flops'] / 1e12:.1f} T again"
+    )
+    times = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in figures["seconds"].items())
+    lines.append(f"  roofline: {times}; bound by {figures['bound']}, MFU at most {figures['mfu_at_most']:.0%}")
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""Figures of a kernel that can be counted by hand, and the compiler that is not installed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from idattn.chips import CHIPS
+from idattn.plan.compiler import load_compiler
+from idattn.plan.schedules import find_kernels
+
+
+def blocked_product(x, y):
+    """x (32, 64) times y (64, 48), rows in blocks of 8, columns of 16, y's block staying for all rows."""
+
+    def kernel(x_ref, y_ref, z_ref):
+        z_ref[...] = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(3, 4),
+        in_specs=[pl.BlockSpec((8, 64), lambda j, i: (i, 0)), pl.BlockSpec((64, 16), lambda j, i: (0, j))],
+        out_specs=pl.BlockSpec((8, 16), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((32, 48), jnp.float32),
+        name="blocked_product",
+    )(x, y)
+
+
+@pytest.mark.parametrize(("chip", "cycles"), [("v5e", 8 / 4), ("v6e", 8 / 4)])
+def test_traffic_and_products_of_a_kernel(chip, cycles):
+    x, y = jax.ShapeDtypeStruct((32, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 48), jnp.bfloat16)
+    (kernel,) = find_kernels(jax.make_jaxpr(jax.jit(blocked_product))(x, y).jaxpr)
+    assert (kernel.name, kernel.steps) == ("blocked_product", 12)
+    assert kernel.hbm_bytes == 3 * 32 * 64 * 2 + 64 * 48 * 2 + 32 * 48 * 4  # x again for every block of columns
+    assert kernel.mxu_cycles(CHIPS[chip]) == 12 * cycles
+    json.dumps([kernel.steps, kernel.hbm_bytes])  # which an integer of numpy's would refuse
+
+
+def test_a_missing_compiler_is_said_with_the_extra_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"libtpu.*idattn\[compile\]"):
+        load_compiler()

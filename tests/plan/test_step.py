@@ -1,0 +1,91 @@
+"""The plan of a run on a slice that is not there: one real compilation, and what is said of those that do not fit."""
+
+import dataclasses
+
+import pytest
+
+from configs import study_paper
+from idattn.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    SSMConfig,
+    TrainConfig,
+    from_config_dict,
+)
+from idattn.costs import count_parameters
+from idattn.plan import step
+
+
+def make_config(**changes):
+    config = Config(
+        model=ModelConfig(
+            vocab_size=512, model_dim=256, num_layers=2, num_heads=4, mlp_dim=512, ssm=SSMConfig(num_modes=64)
+        ),
+        data=DataConfig(seq_len=512),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2),
+        train=TrainConfig(steps=10, batch_size=64),
+        compute=ComputeConfig(remat="block"),
+        mesh=MeshConfig(fsdp=2, tensor=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_step_compiles_for_a_slice(libtpu):
+    """The real train step with its kernels, for four chips; memory and bytes against what the shapes say."""
+    config = make_config()
+    figures = step.compile_step(config, "v5e:2x2")
+    assert (figures["fits"], figures["chips"]) == (True, 4)
+    layers, words = 2 * 256 * (4 * 256 + 3 * 512), 2 * 256 * 512
+    matrices = layers + words
+    assert matrices < figures["parameter_bytes"] < 1.5 * matrices  # a quarter of each, four bytes
+    assert figures["optimiser_bytes"] == pytest.approx(2 * figures["parameter_bytes"], rel=1e-3)
+    assert figures["temporary_bytes"] > 0 and figures["peak_gib"] < 1
+    # A half of each matrix, in bfloat16, half of it from others: for the forward and again for the backward pass, the
+    # vocabulary's once.
+    assert figures["sent_bytes"]["all-gather"] >= 2 * layers / 2 + words / 2
+    assert figures["sent_bytes"]["reduce-scatter"] + figures["sent_bytes"]["all-reduce"] >= matrices / 2
+    assert 0 < figures["mfu_at_most"] < 0.75
+    text = step.describe(figures, config)
+    assert "fits, " in text and "all-gather sends" in text and "MFU at most" in text
+
+
+def test_what_does_not_fit_says_what_to_change():
+    figures = {"topology": "v5e:2x2", "chips": 4, "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}}
+    figures |= {"fits": False, "needed_gib": 20.5, "usable_gib": 15.75, "parameter_bytes": 2**30}
+    text = step.describe(
+        figures, make_config(compute=ComputeConfig(remat="mixer"), train=TrainConfig(steps=2, batch_size=8))
+    )
+    assert "DOES NOT FIT: 20.50 GiB needed, 15.75 GiB there" in text
+    for option in ("compute.remat=block", "train.accumulation=2 (2 rows a chip now)", "mesh.fsdp=4"):
+        assert option in text
+    smallest = step.advice(figures, make_config(train=TrainConfig(steps=2, batch_size=4)))
+    assert "remat" not in smallest and "accumulation" not in smallest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", study_paper.CELLS)
+def test_the_papers_cells_compile(libtpu, mixer):
+    """The paper's ablation at its size and budget, for the smallest slice of v5p."""
+    config = from_config_dict(study_paper.get_config(f"125M,{mixer},42"))
+    assert config.train.batch_size * config.data.seq_len == 524_288
+    changes = dict(mesh=MeshConfig(fsdp=4), compute=ComputeConfig(remat="dots"))
+    figures = step.compile_step(dataclasses.replace(config, **changes), "v5p:2x2x1")
+    assert (figures["fits"], figures["chips"]) == (True, 4)
+    assert figures["flops"] * 4 > 6 * count_parameters(config.model)["total"] * 524_288 * 0.75  # without the embedding
+
+
+@pytest.mark.slow
+def test_too_large_is_reported_not_raised(libtpu):
+    config = make_config(train=TrainConfig(steps=10, batch_size=4096), compute=ComputeConfig(remat="none"))
+    figures = step.compile_step(config, "v5e:2x2")
+    assert not figures["fits"]
+    assert figures["needed_gib"] > figures["usable_gib"] > 10
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(ValueError, match="'v9:2x2' must start with one of v5e, v5p, v6e"):
+        step.compile_step(make_config(), "v9:2x2")

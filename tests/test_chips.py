@@ -1,0 +1,24 @@
+import pytest
+
+from idattn.chips import CHIPS, device_peak_flops
+
+
+def test_device_peak_flops():
+    assert device_peak_flops("TPU v5 lite") == device_peak_flops("TPU v5e") == 197e12
+    assert device_peak_flops("TPU v5") == 459e12
+    assert device_peak_flops("TPU v3") == 61.5e12
+    assert device_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert device_peak_flops("NVIDIA H100 PCIe") < device_peak_flops("NVIDIA H100 80GB HBM3")
+    for unknown in ("cpu", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert device_peak_flops(unknown) is None
+
+
+@pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.clock])
+def test_clocks_are_those_of_the_peaks(name):
+    chip = CHIPS[name]
+    assert chip.cores * chip.mxus * chip.mxu_width**2 * 2 * chip.clock == pytest.approx(chip.flops, rel=3e-3)
+
+
+def test_no_device_stands_in_two_rows():
+    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(kinds) == len({*kinds})
