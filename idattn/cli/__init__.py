@@ -26,7 +26,10 @@ PROGRAMS = {
     "study": "idattn.cli.study",
     "plan": "idattn.cli.plan",
     "schedule": "idattn.cli.schedule",
+    "scaling": "idattn.cli.scaling",
     "bench-ops": "idattn.cli.bench_ops",
+    "bench-decode": "idattn.cli.bench_decode",
+    "bench-data": "idattn.cli.bench_data",
     "plot-kernel": "idattn.cli.plot_kernel",
     "plot-ideal": "idattn.cli.plot_ideal",
 }

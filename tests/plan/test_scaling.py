@@ -4,8 +4,8 @@ import dataclasses
 
 from helpers import defined_flags, run_main
 
+from idattn.cli import scaling
 from idattn.config import MeshConfig
-from launch import scaling
 
 
 def test_scaling_takes_the_first_plan_that_fits(monkeypatch, tmp_path, capsys):

@@ -5,9 +5,9 @@ import json
 import pytest
 from helpers import defined_flags, run_main
 
+from idattn.cli import bench_decode
 from idattn.costs import count_parameters, decode_bytes
 from idattn.ops import blockwise
-from launch import bench_decode
 
 TOY = ["--scale=cpu", "--warmup=0", "--repeats=1", "--steps=8", "--chunk_size=64"]
 
@@ -53,7 +53,7 @@ def test_nothing_is_timed_that_is_wrong(capsys, monkeypatch):
 
 
 def test_bytes_that_must_move():
-    config = bench_decode.from_config_dict(bench_decode.get_config("1.3B,interdomain")).model
+    config = bench_decode.from_config_dict(bench_decode.load_config("paper:1.3B,interdomain")).model
     least = [decode_bytes(config, b, 9, dtype="bfloat16", state_dtype="float32") for b in (1, 2)]
     assert least[1] - least[0] == 2 * 4 * 24 * 524_288
     weights = 2 * least[0] - least[1]

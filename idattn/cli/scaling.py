@@ -1,0 +1,154 @@
+"""Plan runs over slices of TPUs that are not there: a table and a plot of what fits, what moves, how fast at best.
+
+idattn scaling --out=docs/scaling
+
+For each model, slice and context the first of these plans that fits: nothing recomputed, then dots, mixer, block, each
+in one pass over the batch, then in parts. A step has 524,288 tokens, or one row where that is longer. Every figure is
+from a train step that the TPU's compiler compiled (`idattn plan`), so a row takes a minute or more. OUT.json keeps the
+rows as they come; those that are there are not compiled again.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from idattn.config import MeshConfig, from_config_dict
+from idattn.config_files import load_config
+from idattn.plan.compiler import load_compiler
+from idattn.plan.step import compile_step
+
+FLAGS = flags.FLAGS
+STEP = 524_288  # tokens
+SLICES = {  # chips
+    "v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256,
+    "v5p:2x2x1": 4, "v5p:4x4x4": 64, "v5p:8x8x8": 512,
+    "v6e:2x2": 4, "v6e:8x8": 64, "v6e:16x16": 256,
+}  # fmt: skip
+LONG = ("v5e:16x16", "v5p:4x4x4")
+CASES = [
+    *((scale, name, 4096) for scale in ("1.3B", "7B") for name in SLICES),
+    *((scale, name, T) for scale in ("1.3B", "7B") for name in LONG for T in (2**15, 2**18, 2**20)),
+]
+COLUMNS = (
+    "model",
+    "slice",
+    "context",
+    "mesh",
+    "recomputed",
+    "parts",
+    "GiB a chip",
+    "sent, GB",
+    "step, ms",
+    "MFU at most",
+)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", "runs/scaling", "Path of the figures, to which .json, .md and .png are added.")
+    flags.DEFINE_list("models", ["1.3B", "7B"], "Scales of the config paper.")
+    flags.DEFINE_list("slices", list(SLICES), "TPU slices.")
+    flags.DEFINE_list("contexts", [str(2**n) for n in (12, 15, 18, 20)], "Tokens in a row.")
+
+
+def plan(scale: str, name: str, seq_len: int) -> dict[str, Any]:
+    """The figures of the first plan that fits, or of the last one that does not."""
+    config = from_config_dict(load_config(f"paper:{scale},interdomain"))
+    chips, rows = SLICES[name], max(1, STEP // seq_len)
+    fsdp = min(rows, chips)  # rows are split before tokens are
+    for remat in ("none", "dots", "mixer", "block"):
+        parts = 1
+        while parts <= rows // fsdp:
+            figures = compile_step(
+                dataclasses.replace(
+                    config,
+                    data=dataclasses.replace(config.data, seq_len=seq_len),
+                    train=dataclasses.replace(config.train, batch_size=rows, accumulation=parts),
+                    compute=dataclasses.replace(config.compute, remat=remat),
+                    mesh=MeshConfig(data=1, fsdp=fsdp, sequence=chips // fsdp),
+                ),
+                name,
+            )
+            how = {"scale": scale, "slice": name, "context": seq_len, "remat": remat, "accumulation": parts}
+            if figures["fits"]:
+                return how | figures
+            # What a part needs is at best in proportion to its rows.
+            parts *= 2 ** max(1, math.ceil(math.log2(figures["needed_gib"] / figures["usable_gib"])))
+    return how | figures
+
+
+def row(figures: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
+    cells = [figures["scale"], figures["slice"], f"{figures['context']:,}", mesh]
+    if not figures["fits"]:
+        needed = f"**{figures['needed_gib']:.0f} of {figures['hbm_gib']}: does not fit**"
+        return [*cells, figures["remat"], str(figures["accumulation"]), needed, "", "", ""]
+    memory = f"{figures['peak_gib']:.1f} of {figures['hbm_gib']}"
+    sent, step = sum(figures["sent_bytes"].values()) / 1e9, max(figures["seconds"].values()) * 1e3
+    how = [figures["remat"], str(figures["accumulation"])]
+    return [*cells, *how, memory, f"{sent:.1f}", f"{step:,.0f}", f"{figures['mfu_at_most']:.0%}"]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """All rows in markdown."""
+    lines = [COLUMNS, ["---"] * 2 + ["---:", "---"] + ["---", *["---:"] * 5], *map(row, found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second at most: against chips at 4,096 tokens a row, and of a chip against the context."""
+    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    by_chips, by_context = figure.subplots(1, 2)
+
+    def speed(figures):
+        return max(STEP, figures["context"]) / max(figures["seconds"].values())
+
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for figures in (f for f in found if f["fits"]):
+        groups.setdefault((figures["scale"], figures["slice"][:3]), []).append(figures)
+    for (scale, chip), rows in groups.items():
+        style = dict(marker="o", label=f"{scale} on {chip}", color=f"C{['v5e', 'v5p', 'v6e'].index(chip)}")
+        style["linestyle"] = "-" if scale == "1.3B" else "--"
+        points = sorted((r["chips"], speed(r)) for r in rows if r["context"] == 4096)
+        if points:
+            by_chips.loglog(*zip(*points, strict=True), **style)
+        points = sorted((r["context"], speed(r) / r["chips"]) for r in rows if r["slice"] in LONG)
+        if len(points) > 1:
+            name = next(r["slice"] for r in rows if r["slice"] in LONG)
+            by_context.loglog(*zip(*points, strict=True), **style | {"label": f"{scale} on {name}"})
+    by_chips.set(xlabel="chips", ylabel="tokens a second at most", title="4,096 tokens a row")
+    by_context.set(xlabel="tokens a row", ylabel="tokens a second and chip at most", ylim=(1e3, 1e5), title="long rows")
+    for axes in (by_chips, by_context):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.suptitle(
+        "Estimated from compiled programs: published peaks, all of it overlapped; nothing was run", fontsize=10
+    )
+    figure.savefig(path)
+
+
+def main(_):
+    load_compiler()
+    out = Path(FLAGS.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_suffix(".json")
+    found = json.loads(file.read_text()) if file.exists() else []
+    wanted = [
+        case for case in CASES if case[0] in FLAGS.models and case[1] in FLAGS.slices and str(case[2]) in FLAGS.contexts
+    ]
+    for case in tqdm(wanted):
+        if case in [(f["scale"], f["slice"], f["context"]) for f in found]:
+            continue
+        found.append(plan(*case))
+        tqdm.write(" | ".join(row(found[-1])))
+        found.sort(key=lambda f: CASES.index((f["scale"], f["slice"], f["context"])))
+        file.write_text(json.dumps(found, indent=1))
+        out.with_suffix(".md").write_text(table(found) + "\n")
+        plot(found, out.with_suffix(".png"))
