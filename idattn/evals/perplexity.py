@@ -25,9 +25,10 @@ def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config
     # Without resets the only segment is padding at the end, which the loss masks and causality keeps away.
     segment_ids = batch["segment_ids"] if config.data.documents == "reset" else None
     hidden, _ = model.hidden(batch["inputs"], segment_ids=segment_ids)
-    return cross_entropy(
-        hidden, model.head.weight[...], batch["targets"], batch["loss_mask"], chunk=config.compute.loss_chunk
-    )
+    with jax.named_scope("loss"):
+        return cross_entropy(
+            hidden, model.head.weight[...], batch["targets"], batch["loss_mask"], chunk=config.compute.loss_chunk
+        )
 
 
 def mean_loss(

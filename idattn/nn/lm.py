@@ -52,7 +52,9 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, residual_std=residual_std, rngs=rngs)
 
     def __call__(self, x: jax.Array, documents: Documents, memory: Any) -> tuple[jax.Array, Any]:
-        mixed, memory = self.mixer.mix(self.mixer_norm(x), documents, memory)
+        normed = self.mixer_norm(x)
+        with jax.named_scope("mixer"):
+            mixed, memory = self.mixer.mix(normed, documents, memory)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), memory
 

@@ -48,7 +48,15 @@ def parse(text: str) -> Module:
 
 def called(attribute: str, instruction: Instruction) -> str:
     """The computation that an attribute of an instruction names."""
-    return re.search(rf"\b{attribute}=%?([\w.\-]+)", instruction.line)[1]
+    return _find(rf"\b{attribute}=%?([\w.\-]+)", instruction.line)
+
+
+def kernel_call(x: Instruction) -> tuple[str, tuple[str, ...]] | None:
+    """The name of the Pallas kernel that an instruction calls, and the shapes of its operands; None for another."""
+    if 'custom_call_target="tpu_custom_call"' not in x.line:
+        return None
+    shapes = _find(r"operand_layout_constraints=\{(.*?\})\}", x.line)
+    return re.sub(r"\.\d+$", "", x.name), tuple(re.findall(r"\w+\[[\d,]*\]", shapes))
 
 
 def branches(conditional: Instruction) -> list[str]:
@@ -130,7 +138,7 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
         return int(known[1])
     condition, body = (module[called(attribute, loop)] for attribute in ("condition", "body"))
     compare, results = (next((x for x in part.values() if x.is_root), None) for part in (condition, body))
-    if compare and compare.kind == "compare" and "direction=LT" in compare.line and results.kind == "tuple":
+    if compare and results and compare.kind == "compare" and "direction=LT" in compare.line and results.kind == "tuple":
         counter, limit = compare.operands
         index, limit = _tuple_index(condition, counter), _constant(condition, limit)
         added = _source(body, results.operands[index]) if index is not None else None
@@ -140,6 +148,12 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
             if step and start is not None:
                 return max(0, -(-(limit - start) // step))
     raise ValueError(f"cannot tell how often the loop {loop.name} runs, whose condition is {compare and compare.line}")
+
+
+def _find(pattern: str, line: str) -> str:
+    if not (match := re.search(pattern, line)):
+        raise ValueError(f"cannot read this line of HLO, in which {pattern} is missing: {line.strip()[:300]}")
+    return match[1]
 
 
 def _source(computation: Computation, operand: str) -> Instruction | None:
@@ -156,7 +170,7 @@ def _tuple_index(computation: Computation, operand: str) -> int | None:
         return int(match[1])
     x = _source(computation, operand)
     if x and x.kind == "get-tuple-element":
-        return int(re.search(r"index=(\d+)", x.line)[1])
+        return int(_find(r"index=(\d+)", x.line))
     return None
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from idattn.chips import Chip
+from idattn.chips import Chip, chip_of
 from idattn.plan.compiler import compile_for
 
 
@@ -33,6 +33,11 @@ class Kernel(NamedTuple):
     def hbm_bytes(self) -> int:
         """Bytes that the grid moves, a block whenever its index changes from one step to the next."""
         return _traffic(self.call.params["grid_mapping"])
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The shapes of its operands as HLO writes them, without layouts."""
+        return tuple(_hlo_shape(x.aval) for x in self.call.invars)
 
     def mxu_cycles(self, chip: Chip) -> float:
         """Cycles of the grid's matrix products if every array were always busy."""
@@ -66,6 +71,18 @@ def count_bundles(kernel: Kernel, topology: str, dump: str) -> tuple[int, int]:
         raise RuntimeError(f"expected one schedule of {kernel.name} in {dump}, found {files}")
     total, empty = re.findall(r"(?:total|empty) scheduled bundles:\s+(\d+)", files[0].read_text())[:2]
     return int(total), int(empty)
+
+
+def kernel_cycles(kernel: Kernel, topology: str, dump: str) -> float:
+    """About the cycles of a run of the kernel: bundles times steps, shared by the cores where an axis is parallel."""
+    parallel = "parallel" in (getattr(kernel.call.params["compiler_params"], "dimension_semantics", None) or ())
+    return count_bundles(kernel, topology, dump)[0] * kernel.steps / (chip_of(topology).cores if parallel else 1)
+
+
+def _hlo_shape(aval) -> str:
+    kind = {"f": "f", "i": "s", "u": "u"}.get(aval.dtype.kind, "bf")
+    name = "pred" if aval.dtype == bool else f"{kind}{8 * aval.dtype.itemsize}"
+    return f"{name}[{','.join(map(str, aval.shape))}]"
 
 
 def _equations(jaxpr) -> Iterator[Any]:

@@ -1,7 +1,11 @@
 """A run's train step compiled for a TPU slice: memory, bytes between chips, FLOPs, and how fast it could be."""
 
 import math
+import multiprocessing
 import re
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -9,8 +13,10 @@ import jax
 from idattn.chips import Chip, chip_of
 from idattn.config import Config
 from idattn.costs import count_parameters, forward_flops_per_token, training_flops_per_token
-from idattn.plan.compiler import tpu_devices
-from idattn.plan.hlo import count_collectives, parse
+from idattn.plan.compiler import load_compiler, tpu_devices
+from idattn.plan.cycles import PARTS, estimate
+from idattn.plan.hlo import Instruction, count_collectives, kernel_call, parse
+from idattn.plan.schedules import find_kernels, kernel_cycles
 from idattn.sharding import make_mesh
 from idattn.train.step import Trainer
 
@@ -25,10 +31,13 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     Returns:
       Figures of one chip and step, JSON-ready: `fits`, False where the compiler ran out of HBM; memory; `sent_bytes` by
       kind of collective; FLOPs; `seconds`, how long products, HBM and links need at published peaks, of which the
-      longest is a bound, not a prediction.
+      longest is a bound; `predicted`, the step as the compiler's own estimates have it: `seconds`, `mfu`, `cycles`,
+      `parts` (cycles by name of `idattn.plan.cycles.PARTS`), and what has no estimate, `uncounted` and
+      `uncounted_bytes`.
 
     Raises:
-      ValueError: the mesh does not fit the slice, or does not divide what it splits.
+      ValueError: the mesh does not fit the slice, or does not divide what it splits; the compiler has no cost model for
+        the topology, or the program cannot be counted.
     """
     chip = chip_of(topology)
     devices = tpu_devices(topology)
@@ -43,14 +52,16 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
         "optimiser_bytes": _shard_bytes(state["opt_state"]),
     } | _times(config, dict(trainer.mesh.shape), chip)
     try:
-        compiled = trainer.lower_step().compile()
+        traced = trainer.trace_step()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         # "... temporaries (29.86G) exceeds available HBM (15.75G)", or "Used 17.2G of 15.75G hbm".
         used = re.search(r"([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         return figures | {"fits": False, "needed_gib": float(used[1]), "usable_gib": float(used[2])}
-    sent = count_collectives(parse(compiled.as_text()))
+    module = parse(compiled.as_text())
+    sent = count_collectives(module)
     memory = compiled.memory_analysis()
     figures |= {
         "fits": True,
@@ -64,7 +75,44 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     seconds["links"] = sum(sent.values()) / chip.link_bytes
     figures["bound"] = max(seconds, key=seconds.get)
     figures["mfu_at_most"] = figures["flops"] / chip.flops / max(seconds.values())
+    total = estimate(module, chip, _kernel_costs(config, topology, any(find_kernels(traced.jaxpr.jaxpr))))
+    predicted = total.cycles / chip.clock
+    figures["predicted"] = {
+        "seconds": predicted,
+        "mfu": figures["flops"] / chip.flops / predicted,
+        "cycles": total.cycles,
+        "parts": {name: total.parts[name] for name in PARTS},
+        "uncounted": total.uncounted,
+        "uncounted_bytes": total.uncounted_bytes,
+    }
     return figures
+
+
+def _kernel_costs(config: Config, topology: str, has_kernels: bool) -> Callable[[Instruction], float]:
+    """The cycles of a kernel's call in a run's step.
+
+    The schedules come from another process, since the compiler writes those of all that it compiles, or none.
+    """
+    costs = {}
+    if has_kernels:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            costs = pool.submit(_schedule_kernels, config, topology).result()
+
+    def cycles(x: Instruction) -> float:
+        if (call := kernel_call(x)) not in costs:
+            raise ValueError(f"no schedule of the kernel {call}; the step has those of {[*costs]}.")
+        return costs[call]
+
+    return cycles
+
+
+def _schedule_kernels(config: Config, topology: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """The cycles of each kernel of a run's step, by its name and the shapes of its operands."""
+    with tempfile.TemporaryDirectory() as dump:
+        load_compiler(dump_to=dump)
+        traced = Trainer(config, make_mesh(config.mesh, tpu_devices(topology))).trace_step()
+        kernels = {(x.name, x.operands): x for x in find_kernels(traced.jaxpr.jaxpr)}
+        return {key: kernel_cycles(x, topology, dump) for key, x in kernels.items()}
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -130,6 +178,27 @@ def describe(figures: dict[str, Any], config: Config) -> str:
     lines.append(
         f"  {'FLOPs':<26}{figures['flops'] / 1e12:>10.1f} T a step, {figures['recomputed_flops'] / 1e12:.1f} T again"
     )
+    predicted = figures["predicted"]
+    lines.append(
+        f"  predicted: {predicted['seconds'] * 1e3:,.1f} ms, MFU {predicted['mfu']:.0%}, by the compiler's estimates:"
+    )
+    for name, cycles in predicted["parts"].items():
+        lines.append(f"    {PARTS[name]:<38}{cycles / 1e6:>10,.1f} M cycles {cycles / predicted['cycles']:>6.1%}")
+    lines.append(
+        f"    without {predicted['uncounted']:,} instructions that have no estimate and move "
+        f"{predicted['uncounted_bytes'] / 1e9:.1f} GB, waits of kernels for HBM, and links slower than their peak"
+    )
     times = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in figures["seconds"].items())
-    lines.append(f"  roofline: {times}; bound by {figures['bound']}, MFU at most {figures['mfu_at_most']:.0%}")
+    lines.append(f"  bound: {times}; by {figures['bound']}, MFU at most {figures['mfu_at_most']:.0%}")
+    return "\n".join(lines)
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """The predicted steps of two runs that fit, by part, as text."""
+    one, other = first["predicted"], second["predicted"]
+    rows = [(PARTS[name], one["parts"][name], other["parts"][name]) for name in PARTS]
+    rows.append(("step", one["cycles"], other["cycles"]))
+    lines = [f"  {'M cycles':<40}{'config':>10}{'compare':>10}{'ratio':>8}"]
+    for name, x, y in rows:
+        lines.append(f"  {name:<40}{x / 1e6:>10,.1f}{y / 1e6:>10,.1f}" + (f"{y / x:>8.2f}" if x else ""))
     return "\n".join(lines)

@@ -28,7 +28,7 @@ def moved_bytes(module: Module, computation: str) -> int:
     Raises:
       ValueError: a loop does not say how often it runs.
     """
-    return sum(_moved(module, computation, x) for x in module[computation].values())
+    return sum(instruction_bytes(module, computation, x) for x in module[computation].values())
 
 
 def decode_traffic(text: str, block_size: int) -> tuple[float, float]:
@@ -47,11 +47,12 @@ def decode_traffic(text: str, block_size: int) -> tuple[float, float]:
         raise ValueError(
             f"{len(over_tokens)} loops of the program hold loops; the one over tokens must be the only one."
         )
-    once = sum(_moved(module, "ENTRY", x) for x in module["ENTRY"].values() if x.name != over_tokens[0].name)
+    once = sum(instruction_bytes(module, "ENTRY", x) for x in module["ENTRY"].values() if x.name != over_tokens[0].name)
     return moved_bytes(module, called("body", over_tokens[0])), once / block_size
 
 
-def _moved(module: Module, computation: str, x: Instruction) -> int:
+def instruction_bytes(module: Module, computation: str, x: Instruction) -> int:
+    """Bytes that one run of an instruction of a computation moves."""
     shapes = [shape_of(module[computation], name) for name in x.operands]
     if x.kind in _FREE or x.kind.endswith("-done"):
         return 0

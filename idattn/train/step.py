@@ -70,13 +70,13 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             return self._loss(params, batch)
 
-    def lower_step(self) -> jax.stages.Lowered:
-        """The step for a batch as the config describes it, to be compiled without running anything."""
+    def trace_step(self) -> jax.stages.Traced:
+        """The step for a batch as the config describes it, to be lowered and compiled without running anything."""
         shape = (self.config.train.batch_size, self.config.data.seq_len)
         sharding = NamedSharding(self.mesh, spec("B", "T"))
         batch = {name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding) for name, array in ARRAYS.items()}
         with jax.set_mesh(self.mesh):
-            return self._compiled_step.lower(self.abstract_state(), batch)
+            return self._compiled_step.trace(self.abstract_state(), batch)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and sharding of the state."""
@@ -94,8 +94,9 @@ class Trainer:
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         loss, tokens, grads = self._gradients(state["params"], batch)
-        updates, opt_state = self._optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self._optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
         grad_norm = optax.tree.norm(grads)
         # A loss or gradient that is not finite leaves the state what it was; after more of them than the run skips it
         # stays so, until the loop looks at it.

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from idattn.chips import CHIPS
 from idattn.plan.compiler import load_compiler
+from idattn.plan.hlo import kernel_call, parse
 from idattn.plan.schedules import find_kernels
 
 
@@ -36,7 +37,22 @@ def test_traffic_and_products_of_a_kernel(chip, cycles):
     assert (kernel.name, kernel.steps) == ("blocked_product", 12)
     assert kernel.hbm_bytes == 3 * 32 * 64 * 2 + 64 * 48 * 2 + 32 * 48 * 4  # x again for every block of columns
     assert kernel.mxu_cycles(CHIPS[chip]) == 12 * cycles
+    assert kernel.operands == ("bf16[32,64]", "bf16[64,48]")
     json.dumps([kernel.steps, kernel.hbm_bytes])  # which an integer of numpy's would refuse
+
+
+def test_a_call_in_hlo_is_that_of_its_kernel():
+    """The names and shapes by which a schedule is found: those of the equation, without what XLA adds."""
+    line = (
+        "  %blocked_product.7 = f32[32,48]{1,0:T(8,128)} custom-call(%x, %y), "
+        'custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[32,64]{1,0}, bf16[64,48]{1,0}}, '
+        "frontend_attributes={kernel_metadata={}}"
+    )
+    x, y = jax.ShapeDtypeStruct((32, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 48), jnp.bfloat16)
+    (kernel,) = find_kernels(jax.make_jaxpr(blocked_product)(x, y).jaxpr)
+    (call,) = parse(f"ENTRY %main () -> f32[] {{\n{line}\n}}")["ENTRY"].values()
+    assert kernel_call(call) == (kernel.name, kernel.operands)
+    assert kernel_call(call._replace(line=line.replace("tpu_custom_call", "AllocateBuffer"))) is None
 
 
 def test_a_missing_compiler_is_said_with_the_extra_to_install(monkeypatch):

@@ -18,6 +18,7 @@ from idattn.config import (
 )
 from idattn.costs import count_parameters
 from idattn.plan import step
+from idattn.plan.cycles import PARTS
 
 
 def make_config(**changes):
@@ -49,8 +50,14 @@ def test_a_step_compiles_for_a_slice(libtpu):
     assert figures["sent_bytes"]["all-gather"] >= 2 * layers / 2 + words / 2
     assert figures["sent_bytes"]["reduce-scatter"] + figures["sent_bytes"]["all-reduce"] >= matrices / 2
     assert 0 < figures["mfu_at_most"] < 0.75
+    predicted = figures["predicted"]
+    assert predicted["cycles"] == pytest.approx(sum(predicted["parts"].values()))
+    assert all(predicted["parts"][name] > 0 for name in PARTS if name != "layout")
+    assert 0 < predicted["mfu"] < figures["mfu_at_most"]
+    assert predicted["seconds"] == pytest.approx(predicted["cycles"] / 1.5e9)
     text = step.describe(figures, config)
-    assert "fits, " in text and "all-gather sends" in text and "MFU at most" in text
+    assert "fits, " in text and "all-gather sends" in text
+    assert text.index("predicted: ") < text.index("kernels of the mixer") < text.index("bound: ")
 
 
 def test_what_does_not_fit_says_what_to_change():
