@@ -1,27 +1,38 @@
-"""Compile a run's train step for a TPU slice that need not be there: does it fit, what moves, how fast at best.
+"""Compile a run's train step for a TPU slice that need not be there: does it fit, what moves, how fast.
 
-idattn plan --config=paper:1.3B,interdomain --topology=v5p:2x2x2 --config.mesh.fsdp=8
+idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4
+idattn plan --config=paper:1.3B,interdomain --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.compute.remat=dots
+idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4 --compare=paper:1.3B,softmax
 
-The program is the one that `idattn train` would run, kernels included, compiled by the TPU's own compiler. What is
-printed of it, each chip and step:
+The program is the one that `idattn train` would run, kernels included, compiled by the TPU's own compiler. Without a
+mesh in the config, mesh, rematerialisation and accumulation are searched: the plan is the first that fits, from the one
+that recomputes least to the one that recomputes most, and the flags to train by it are printed. What is printed of the
+program, each chip and step:
 
   memory       arguments by kind, and temporaries as the compiler allocated them, next to the chip's HBM
   collectives  bytes that a chip sends, by kind, from the compiled program, loops multiplied out (a ring's share: an
                all-gather of n shards sends (n - 1)/n of its result, an all-reduce twice that)
   FLOPs        of the model's mathematics, and what rematerialisation adds
-  roofline     the longest of three times at published peaks, were they reached and all overlapped: products, HBM (an
-               estimate: weights, optimiser, inputs and outputs of products), links. A bound, not a prediction.
+  predicted    the step by part, by the compiler's own estimates of cycles (`idattn.plan.cycles`), the kernels by their
+               schedules. Estimates, not measurements.
+  bound        the longest of three times at published peaks, were they reached and all overlapped: products, HBM (an
+               estimate: weights, optimiser, inputs and outputs of products), links.
+
+--compare plans another model, of which all else is as in --config, and prints both steps by part.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 from absl import flags
 
 from idattn.cli.config_flag import define_config
-from idattn.config import from_config_dict
-from idattn.plan.compiler import load_compiler
-from idattn.plan.step import compile_step, describe
+from idattn.config import MeshConfig, from_config_dict
+from idattn.config_files import load_config
+from idattn.plan.compiler import load_compiler, tpu_devices
+from idattn.plan.search import first_that_fits, plan_flags
+from idattn.plan.step import compare, compile_step, describe
 
 FLAGS = flags.FLAGS
 
@@ -29,13 +40,26 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     define_config()
     flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, as v5e:4x4, v5p:2x2x2, v6e:16x16.")
+    flags.DEFINE_string("compare", None, "Config whose model is planned too, as paper:1.3B,softmax.")
     flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def main(_):
     load_compiler()
     config = from_config_dict(FLAGS.config)
-    figures = compile_step(config, FLAGS.topology)
-    print(describe(figures, config))
+    runs = {"config": config}
+    if FLAGS.compare:
+        runs["compare"] = dataclasses.replace(config, model=from_config_dict(load_config(FLAGS.compare)).model)
+    figures = {}
+    for name, run in runs.items():
+        if run.mesh == MeshConfig():
+            run, figures[name] = first_that_fits(run, FLAGS.topology, len(tpu_devices(FLAGS.topology)))
+        else:
+            figures[name] = compile_step(run, FLAGS.topology)
+        print(describe(figures[name], run))
+        if config.mesh == MeshConfig() and figures[name]["fits"]:
+            print(f"  flags: {plan_flags(run)}")
+    if FLAGS.compare and all(x["fits"] for x in figures.values()):
+        print(compare(*figures.values()))
     if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(figures, indent=1))
+        Path(FLAGS.json).write_text(json.dumps(figures if FLAGS.compare else figures["config"], indent=1))

@@ -1,4 +1,4 @@
-"""Plan runs over slices of TPUs that are not there: a table and a plot of what fits, what moves, how fast at best.
+"""Plan runs over slices of TPUs that are not there: a table and a plot of what fits, what moves, how fast.
 
 idattn scaling --out=docs/scaling
 
@@ -10,7 +10,6 @@ rows as they come; those that are there are not compiled again.
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from absl import flags
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from idattn.config import MeshConfig, from_config_dict
+from idattn.config import from_config_dict
 from idattn.config_files import load_config
 from idattn.plan.compiler import load_compiler
-from idattn.plan.step import compile_step
+from idattn.plan.search import first_that_fits
 
 FLAGS = flags.FLAGS
 STEP = 524_288  # tokens
@@ -44,7 +43,9 @@ COLUMNS = (
     "parts",
     "GiB a chip",
     "sent, GB",
-    "step, ms",
+    "predicted, ms",
+    "MFU",
+    "at least, ms",
     "MFU at most",
 )
 
@@ -59,27 +60,14 @@ def define_flags() -> None:
 def plan(scale: str, name: str, seq_len: int) -> dict[str, Any]:
     """The figures of the first plan that fits, or of the last one that does not."""
     config = from_config_dict(load_config(f"paper:{scale},interdomain"))
-    chips, rows = SLICES[name], max(1, STEP // seq_len)
-    fsdp = min(rows, chips)  # rows are split before tokens are
-    for remat in ("none", "dots", "mixer", "block"):
-        parts = 1
-        while parts <= rows // fsdp:
-            figures = compile_step(
-                dataclasses.replace(
-                    config,
-                    data=dataclasses.replace(config.data, seq_len=seq_len),
-                    train=dataclasses.replace(config.train, batch_size=rows, accumulation=parts),
-                    compute=dataclasses.replace(config.compute, remat=remat),
-                    mesh=MeshConfig(data=1, fsdp=fsdp, sequence=chips // fsdp),
-                ),
-                name,
-            )
-            how = {"scale": scale, "slice": name, "context": seq_len, "remat": remat, "accumulation": parts}
-            if figures["fits"]:
-                return how | figures
-            # What a part needs is at best in proportion to its rows.
-            parts *= 2 ** max(1, math.ceil(math.log2(figures["needed_gib"] / figures["usable_gib"])))
-    return how | figures
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=seq_len),
+        train=dataclasses.replace(config.train, batch_size=max(1, STEP // seq_len)),
+    )
+    planned, figures = first_that_fits(config, name, SLICES[name])
+    how = {"remat": planned.compute.remat, "accumulation": planned.train.accumulation}
+    return {"scale": scale, "slice": name, "context": seq_len} | how | figures
 
 
 def row(figures: dict[str, Any]) -> list[str]:
@@ -88,16 +76,18 @@ def row(figures: dict[str, Any]) -> list[str]:
     cells = [figures["scale"], figures["slice"], f"{figures['context']:,}", mesh]
     if not figures["fits"]:
         needed = f"**{figures['needed_gib']:.0f} of {figures['hbm_gib']}: does not fit**"
-        return [*cells, figures["remat"], str(figures["accumulation"]), needed, "", "", ""]
+        return [*cells, figures["remat"], str(figures["accumulation"]), needed, *[""] * 5]
     memory = f"{figures['peak_gib']:.1f} of {figures['hbm_gib']}"
     sent, step = sum(figures["sent_bytes"].values()) / 1e9, max(figures["seconds"].values()) * 1e3
     how = [figures["remat"], str(figures["accumulation"])]
-    return [*cells, *how, memory, f"{sent:.1f}", f"{step:,.0f}", f"{figures['mfu_at_most']:.0%}"]
+    predicted = figures.get("predicted")  # not in files of older versions
+    prediction = [f"{predicted['seconds'] * 1e3:,.0f}", f"{predicted['mfu']:.0%}"] if predicted else ["", ""]
+    return [*cells, *how, memory, f"{sent:.1f}", *prediction, f"{step:,.0f}", f"{figures['mfu_at_most']:.0%}"]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """All rows in markdown."""
-    lines = [COLUMNS, ["---"] * 2 + ["---:", "---"] + ["---", *["---:"] * 5], *map(row, found)]
+    lines = [COLUMNS, ["---"] * 2 + ["---:", "---"] + ["---", *["---:"] * 7], *map(row, found)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -6,6 +6,7 @@ from helpers import defined_flags, run_main
 
 from idattn.cli import scaling
 from idattn.config import MeshConfig
+from idattn.plan import search
 
 
 def test_scaling_takes_the_first_plan_that_fits(monkeypatch, tmp_path, capsys):
@@ -20,10 +21,10 @@ def test_scaling_takes_the_first_plan_that_fits(monkeypatch, tmp_path, capsys):
         return (
             figures
             | {"fits": True, "peak_gib": 12.3, "sent_bytes": {"all-gather": 4.2e9}, "mfu_at_most": 0.98}
-            | {"seconds": {"products": 1.5}}
+            | {"seconds": {"products": 1.5}, "predicted": {"seconds": 4.5, "mfu": 0.3266}}
         )
 
-    monkeypatch.setattr(scaling, "compile_step", compile_step)
+    monkeypatch.setattr(search, "compile_step", compile_step)
     monkeypatch.setattr(scaling, "load_compiler", lambda: None)
     with defined_flags(scaling):
         arguments = ["--models=1.3B", "--slices=v5e:2x2,v5e:4x4", "--contexts=4096", f"--out={tmp_path / 'plans'}"]
@@ -37,5 +38,5 @@ def test_scaling_takes_the_first_plan_that_fits(monkeypatch, tmp_path, capsys):
     assert [t[2:4] for t in tried if t[0] == "v5e:2x2"][-2:] == [("block", 4), ("block", 16)]
     table = (tmp_path / "plans.md").read_text()
     assert "| 1.3B | v5e:2x2 | 4,096 | fsdp 4 | block | 16 | **56 of 16: does not fit** |" in table
-    assert "| 1.3B | v5e:4x4 | 4,096 | fsdp 16 | dots | 4 | 12.3 of 16 | 4.2 | 1,500 | 98% |" in table
+    assert "| 1.3B | v5e:4x4 | 4,096 | fsdp 16 | dots | 4 | 12.3 of 16 | 4.2 | 4,500 | 33% | 1,500 | 98% |" in table
     assert (tmp_path / "plans.png").stat().st_size > 10_000
