@@ -20,8 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from idattn.choices import BACKENDS
-from idattn.ops import interdomain_attention
+from idattn.ops import BACKENDS, interdomain_attention
 from idattn.ops.softmax import splash
 from idattn.plan.compiler import compile_for, load_compiler
 from idattn.plan.op_shapes import SHAPES, abstract_inputs, random_inputs
@@ -34,7 +33,7 @@ WRITTEN_OUT, FLASH = "softmax, written out", "softmax, fused"
 def define_flags() -> None:
     flags.DEFINE_multi_enum("shape", ["cpu"], list(SHAPES), "Named shapes; may be given several times.")
     flags.DEFINE_multi_integer("seq_len", [4096], "T, tokens; may be given several times.", lower_bound=16)
-    flags.DEFINE_multi_enum("backend", ["chunkwise"], list(BACKENDS), "Backends; may be given several times.")
+    flags.DEFINE_multi_enum("backend", ["chunkwise"], ["auto", *BACKENDS], "Backends; may be given several times.")
     flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Of q, k and v.")
