@@ -1,16 +1,28 @@
-"""Files: written whole or not at all, on disks and in buckets, and JSON that says which file is not complete."""
+"""Files: written whole or not at all, on disks and in buckets, JSON that names a damaged file, and locks."""
 
+import errno
 import json
+import logging
 import lzma
 import os
 import platform
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 from etils.epath.backend import fsspec_backend
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def resolve_path(path: epath.PathLike) -> epath.Path:
@@ -37,6 +49,17 @@ def resolve_path(path: epath.PathLike) -> epath.Path:
     listings.use_listings_cache = False
     listings.clear()
     return epath.Path(path)
+
+
+def disk_path(path: epath.PathLike) -> Path:
+    """As `resolve_path`, for a file or folder that must be on a disk.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if in_bucket(path):
+        raise ValueError(f"{os.fspath(path)!r} must be a path of a disk: a bucket cannot lock files or append to them.")
+    return Path(resolve_path(path))
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -130,6 +153,42 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: must be an object, not a {type(row).__name__}.")
             yield place, row
+
+
+@contextmanager
+def lock_file(path: epath.PathLike, *, wait: bool = False) -> Iterator[IO[str] | None]:
+    """Lock a file, which then says which process locked it, on which host and since when.
+
+    The operating system unlocks it when this process and all that inherit the open file have closed it or died.
+
+    Args:
+      path: of a disk; the file and its missing folders are made, and stay.
+      wait: for a process that has the lock.
+
+    Yields:
+      The open file; None if another process, or another call in this one, has the lock. On Windows, and with a warning
+      on a file system without locks, nothing is locked.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path = disk_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning("%s cannot be locked (%s): nothing stops a second process from working here.", path, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+        file.flush()
+        yield file
 
 
 def _sync(path: Path) -> None:

@@ -1,12 +1,18 @@
-"""Files that are replaced are complete and on disk before they have their name; damaged JSON is named."""
+"""Files that are replaced are complete and on disk before they have their name; damaged JSON is named; locks."""
 
+import errno
+import fcntl
 import json
+import logging
 import lzma
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
-from idattn.files import read_json, read_json_lines, write_atomic
+from idattn.files import disk_path, lock_file, read_json, read_json_lines, write_atomic
 
 
 def test_write_atomic(tmp_path, monkeypatch):
@@ -87,3 +93,56 @@ def test_a_bad_line_of_json_is_named(tmp_path, line, reason):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n\n' + line)
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: {reason}"):
         list(read_json_lines(tmp_path / "rows.jsonl"))
+
+
+def is_free(path):
+    with lock_file(path) as lock:
+        return lock is not None
+
+
+def test_a_lock_names_its_process(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with lock_file(path) as lock:
+        assert lock is not None and not is_free(path)
+        text = path.read_text()
+    assert text.startswith(f"process {os.getpid()} on {platform.node()} since 20") and text.endswith(" UTC")
+    assert is_free(path)
+    assert path.read_text().count("process") == 1
+
+
+def test_a_lock_ends_with_the_last_process_that_has_it(tmp_path):
+    path = tmp_path / "lock"
+    with lock_file(path) as lock:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # inherits nothing
+    try:
+        assert not is_free(path)
+        child.kill()
+        child.wait()
+        assert is_free(path)
+    finally:
+        for process in (child, other):
+            process.kill()
+            process.communicate()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def refuse(number):
+        def flock(file, how):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with caplog.at_level(logging.WARNING, logger="idattn.files"), lock_file(tmp_path / "lock") as lock:
+        assert lock is not None
+    assert "lock cannot be locked ([Errno 37] No locks available): nothing stops a second process" in caplog.text
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), lock_file(tmp_path / "lock"):
+        pass
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x"])
+def test_a_bucket_is_no_disk(path):
+    with pytest.raises(ValueError, match=rf"{path}' must be (a path of a disk: a bucket cannot|.*, or the string gs:)"):
+        disk_path(path)

@@ -1,19 +1,17 @@
 """Brings the cells of a study to their records, in processes of their own that can be stopped, killed and shared."""
 
-import fcntl
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
 from idattn.config import Config, from_config_dict
 from idattn.config_files import load_module
-from idattn.files import write_atomic
+from idattn.files import lock_file, write_atomic
 from idattn.study.grid import Cell, Study, record_file, versions
 from idattn.train.metrics import read_metrics
 
@@ -73,9 +71,7 @@ class Runner:
         if not self.study.prepare or all(map(self.is_done, self.study.cells)):
             return
         log = self.workdir / "runs" / "prepare.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file(log.with_suffix(".lock"), wait=True) as lock:
             if self._call("prepare-data", list(self.study.prepare), log, lock):
                 raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
 
@@ -84,7 +80,7 @@ class Runner:
         file, run = record_file(self.workdir / "cells", cell), self.workdir / "runs" / str(cell)
         if self.stopped.is_set():
             return "not begun"
-        with _claimed(run.with_name(f"{cell}.lock")) as lock:
+        with lock_file(run.with_name(f"{cell}.lock")) as lock:
             if lock is None:
                 return "under way elsewhere"
             if self.is_done(cell):
@@ -127,19 +123,6 @@ class Runner:
             code = process.wait()
         self._processes.discard(process)
         return code
-
-
-@contextmanager
-def _claimed(file: Path) -> Iterator[IO | None]:
-    """The file, locked until this process and those that inherit it are through; None where another has it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield lock
 
 
 def _evaluations(run: Path) -> dict[str, Any] | None:

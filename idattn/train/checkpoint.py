@@ -29,6 +29,7 @@ from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from idattn.files import in_bucket, read_json, resolve_path, write_atomic
 from idattn.inference.files import WEIGHTS, abstract_params, load_weights
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
+from idattn.train.storage import writing
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 logger = logging.getLogger(__name__)
@@ -182,12 +183,10 @@ def check_same_run(workdir: epath.PathLike, config: Config, data: Mapping[str, s
     file, data_file = (_absolute(workdir) / name for name in ("config.json", "data.json"))
     if not file.exists():
         if jax.process_index() == 0:
-            try:
+            with writing(workdir):
                 if data:
                     write_atomic(data_file, json.dumps(dict(data), indent=2))
                 write_atomic(file, json.dumps(dataclasses.asdict(config), indent=2))
-            except OSError as error:
-                raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
         return
     remedy = "Start the run in another workdir, or delete the file if this is the run's config."
     stored = from_config_dict(read_json(file, remedy))

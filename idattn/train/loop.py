@@ -26,7 +26,7 @@ from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, sa
 from idattn.train.metrics import MetricsWriter, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
 from idattn.train.stop import StopRequest
-from idattn.train.storage import LocalFolder
+from idattn.train.storage import LocalFolder, exclusive
 
 
 def train(
@@ -55,13 +55,16 @@ def train(
       and, where the config asks for them, `ngram_losses` by order and `sample`.
 
     Raises:
-      ValueError: the config breaks a rule, does not fit the data, or `workdir` holds another run.
+      ValueError: the config breaks a rule, does not fit the data, or `workdir` holds another run or one that is under
+        way (not noticed in a bucket).
       FloatingPointError: the loss or gradient was not finite in more steps than the config skips; the state before the
         last of them is saved in `workdir`.
     """
     if not isinstance(config, Config):
         config = from_config_dict(config)
-    return _Run(config, resolve_path(workdir), init_from, profile).run()
+    run = _Run(config, resolve_path(workdir), init_from, profile)
+    with exclusive(run.workdir):
+        return run.run()
 
 
 class _Run:
@@ -82,14 +85,14 @@ class _Run:
         self.rows = local_rows(self.trainer.mesh, config.train.batch_size)
         weights = config.data.weights
         self.data = train_iterator(self.train_windows, config.train.batch_size, config.seed, self.rows, weights)
-        data = digests(self.tokenizer, self.train_windows, self.val_windows)
-        check_same_run(workdir, config, data)  # last: a start that fails leaves no config behind
+        self.digests = digests(self.tokenizer, self.train_windows, self.val_windows)
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
         self.val_loss = float("nan")
         self.skipped = 0  # steps that were not finite, as far as they were said
 
     def run(self) -> dict[str, Any]:
+        check_same_run(self.workdir, self.config, self.digests)  # here: a start that fails leaves no config
         settings, mesh = self.config.train, self.trainer.mesh
         stored = Checkpoints(self.workdir, settings.keep_latest, settings.keep_best, self.tokenizer)
         with StopRequest() as self.stop, stored as saved:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import platform
+import re
 import sys
 import threading
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -22,6 +25,7 @@ from idattn.inference import load_context, load_weights, save_weights
 from idattn.train import train
 from idattn.train.checkpoint import MANIFEST, Checkpoints, check_same_run, load_params, save_aside
 from idattn.train.metrics import MetricsWriter
+from idattn.train.storage import exclusive
 
 
 def move(request, response, storage):
@@ -156,6 +160,22 @@ def test_no_bucket_is_made(bucket):
     with pytest.raises(OSError, match="gs://another/run.* cannot be written .*name a folder that can"):
         check_same_run("gs://another/run", make_config("corpus"))
     assert not resolve_path("gs://another/run").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path, monkeypatch):
+    """It changes nothing there; several processes of one run share the folder, of which the first has the lock."""
+    workdir = tmp_path / "run"
+    with exclusive(workdir):
+        here = rf"process {os.getpid()} on {re.escape(platform.node())} since 20.* UTC"
+        with pytest.raises(ValueError, match=rf"{workdir} is in use by another run: {here}\. Wait until it ends"):
+            train(make_config(write_corpus(tmp_path)), workdir)
+        assert [path.name for path in workdir.iterdir()] == ["lock"]
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with exclusive(workdir):
+            pass
+        monkeypatch.undo()
+    with exclusive(workdir), pytest.raises(ValueError, match="in use"), exclusive(workdir):
+        pass
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/run", "gs://bucket", "gs:/bucket/run", Path("gs://bucket/run")])

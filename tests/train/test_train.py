@@ -64,7 +64,7 @@ def some_differ(actual, expected):
 def test_files_and_metrics(finished):
     config, workdir, _ = finished
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "data.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints",
+        "config.json", "data.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "lock",
     }  # fmt: skip
     assert from_config_dict(json.loads((workdir / "config.json").read_text())) == config
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
