@@ -4,9 +4,12 @@ import ast
 import importlib
 import importlib.util
 import os
+import select
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from absl import app, flags
@@ -40,6 +43,26 @@ _OURS = (ValueError, NotImplementedError, ImportError)
 _PACKAGE = str(Path(idattn.__file__).parent)
 
 
+@contextmanager
+def _closed_pipe_is_no_error() -> Iterator[None]:
+    """Exits with the status of SIGPIPE where the reader of standard output is gone, as in `idattn | head`."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pipe = select.poll()
+        pipe.register(sys.stdout, 0)
+        if not pipe.poll(0):  # another pipe or socket broke
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+        sys.exit(128 + signal.SIGPIPE)
+
+
+@_closed_pipe_is_no_error()
 def main() -> None:
     """Run the program that the command line names: what the command `idattn` calls."""
     name, *arguments = sys.argv[1:] or ["--help"]
@@ -54,6 +77,7 @@ def main() -> None:
         run(name, arguments)
 
 
+@_closed_pipe_is_no_error()
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a program, and exit with its status.
 

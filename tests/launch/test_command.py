@@ -60,6 +60,19 @@ def test_help_of_a_program():
     assert done.stdout.startswith("Show what prepare-data made") and "--sample_tokens: Tokens of each" in done.stdout
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--version"], ["export", "--help"]])
+def test_a_reader_may_close_its_end_of_the_pipe(arguments, unbuffered):
+    """As in `idattn | head`: no traceback, and the status that a shell gives for SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "idattn", *arguments]
+    settings = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=ROOT, env=settings, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     ("flag", "show", "status", "last"),
     [
