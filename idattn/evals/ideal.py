@@ -13,6 +13,7 @@ import numpy as np
 
 from idattn.choices import check_choice
 from idattn.ops import draw_frequencies, ideal_attention, random_features
+from idattn.ops.discretize import s4d_inv_frequencies
 
 SIGNALS = ("smooth", "noise")
 
@@ -119,8 +120,7 @@ def s4d_residual(num_modes: int, delta: float, lengths: Sequence[int], *, degree
     Returns:
       (len(lengths),) root mean square over n of the unexplained part of a coefficient relative to it: 0 all, 1 nothing.
     """
-    m = np.arange(num_modes)
-    a = -0.5 + 1j * num_modes / np.pi * (num_modes / (2 * m + 1) - 1)
+    a = -0.5 + 1j * s4d_inv_frequencies(num_modes, np.float64)
     residuals = []
     for length in lengths:
         borders = np.polynomial.legendre.legvander(1 - 2 * np.arange(length + 1) / length, degrees)

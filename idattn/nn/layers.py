@@ -12,6 +12,7 @@ from flax import nnx
 
 from idattn.config import SSMConfig
 from idattn.ops import Basis, Segments
+from idattn.ops.discretize import s4d_inv_frequencies
 from idattn.sharding import constrain, gathered
 
 
@@ -143,8 +144,8 @@ class ShortConv(nnx.Module):
 class StateBasis(nnx.Module):
     """The parameters of one layer's states: Delta, A and C of G heads, initialised as S4D-Inv.
 
-    exp(a_log) = 1/2, a_imag(n) = (M / pi) (M / (2n + 1) - 1), Delta log-uniform. C is complex normal with total
-    variance c_init_scale / M an entry (diagonal: c_init_scale), or sqrt(c_init_scale) times the identity.
+    exp(a_log) = 1/2, a_imag by `idattn.ops.discretize.s4d_inv_frequencies`, Delta log-uniform. C is complex normal with
+    total variance c_init_scale / M an entry (diagonal: c_init_scale), or sqrt(c_init_scale) times the identity.
     """
 
     def __init__(self, num_heads: int, config: SSMConfig, *, rngs: nnx.Rngs):
@@ -153,9 +154,7 @@ class StateBasis(nnx.Module):
         log_delta = jax.random.uniform(rngs.params(), (G,), minval=low, maxval=high)
         self.log_delta = param(log_delta, "G", group="ssm")
         self.a_log = param(jnp.full((G, M), math.log(0.5)), "G", "M", group="ssm")
-        n = jnp.arange(M, dtype=jnp.float32)
-        a_imag = M / math.pi * (M / (2 * n + 1) - 1)
-        self.a_imag = param(jnp.broadcast_to(a_imag[None], (G, M)), "G", "M", group="ssm")
+        self.a_imag = param(jnp.tile(s4d_inv_frequencies(M), (G, 1)), "G", "M", group="ssm")
         if config.c == "identity":
             self.c = None
             return

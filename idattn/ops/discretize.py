@@ -12,10 +12,12 @@ the real part ("real"), so that o = Re(w^T X_v) without ever forming U = C X_k o
 Everything here is a function of the parameters alone: small, computed once a call, in float32 or float64.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from idattn.ops.planes import complex_matrix, complex_multiply, conjugate
 
@@ -35,6 +37,17 @@ class Basis(NamedTuple):
     a_log: jax.Array
     a_imag: jax.Array
     c: jax.Array | tuple[jax.Array, jax.Array] | None
+
+
+def s4d_inv_frequencies(num_modes: int, dtype: type[np.floating] = np.float32) -> np.ndarray:
+    """The frequencies of S4D-Inv, a_imag(n) = (M / pi) (M / (2n + 1) - 1), (M,), in radians per unit of time.
+
+    Args:
+      num_modes: M.
+      dtype: np.float32 or np.float64, in which they are computed.
+    """
+    n = np.arange(num_modes, dtype=dtype)
+    return num_modes / math.pi * (num_modes / (2 * n + 1) - 1)
 
 
 def discretize(basis: Basis) -> tuple[jax.Array, jax.Array]:

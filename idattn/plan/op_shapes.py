@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idattn.ops import Basis
+from idattn.ops.discretize import s4d_inv_frequencies
 
 
 class OpShape(NamedTuple):
@@ -41,11 +42,11 @@ def random_inputs(shape: OpShape, B: int, T: int, dtype, seed: int = 0):
     """The same with the values that a layer has at the start of training, roughly."""
     rng = np.random.default_rng(seed)
     q, k, v, basis, g = jax.tree.map(lambda x: rng.normal(size=x.shape), abstract_inputs(shape, B, T, dtype))
-    G, M, n = shape.G, shape.M, np.arange(shape.M)
+    G, M = shape.G, shape.M
     basis = Basis(
         jnp.asarray(rng.uniform(math.log(1e-3), math.log(1e-1), G), jnp.float32),
         jnp.full((G, M), math.log(0.5), jnp.float32),
-        jnp.asarray(np.broadcast_to(M / math.pi * (M / (2 * n + 1) - 1), (G, M)), jnp.float32),
+        jnp.tile(s4d_inv_frequencies(M), (G, 1)),
         tuple(jnp.asarray(plane / math.sqrt(32 * M), jnp.float32) for plane in basis.c),
     )
     q, k, v, g = (jnp.asarray(x, dtype) for x in (q / math.sqrt(shape.R), k, v, g))
