@@ -16,6 +16,8 @@ from idattn.train.storage import LocalFolder
 class MetricsWriter:
     """Writes scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`; a context manager, for one process.
 
+    In TensorBoard the names are grouped: `val/loss` is the file's `val_loss`, `train/loss` its `loss`, and so on.
+
     Args:
       workdir: folder of the run. On a disk each line is there at once, in a bucket after `upload` and at the end.
       resume_step: step of the restored checkpoint; what was written for later steps is dropped. -1 for a new run.
@@ -27,13 +29,19 @@ class MetricsWriter:
     def __init__(self, workdir: epath.PathLike, resume_step: int):
         workdir = resolve_path(workdir)
         stored = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(stored) if row["step"] <= resume_step] if stored.exists() else []
+        earlier = [row for row in read_metrics(stored) if row["step"] <= resume_step] if stored.exists() else []
         self._local = LocalFolder(workdir)
         path = self._local.path / "metrics.jsonl"
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in earlier))
         self._file = path.open("a")
-        # Its own writer for buckets ends at a fault of the network, and calls of the run then wait for ever.
-        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
+        # tensorboardX's writer for buckets ends at a fault of the network, and calls of the run then wait for ever. It
+        # names a file by the second: two starts within one would write the same file, so a number follows, which also
+        # gives the files, that TensorBoard reads by name, the order of the starts.
+        events = workdir / "tensorboard"
+        number = len(list(events.iterdir())) if events.exists() else 0
+        self._tensorboard = SummaryWriter(
+            str(path.parent / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{number:06}"
+        )
         self.upload()
 
     def __enter__(self) -> "MetricsWriter":
@@ -61,7 +69,8 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+            self._tensorboard.add_scalar(tag, value, step)
 
 
 def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None = None) -> epath.Path:

@@ -18,9 +18,9 @@ def read(workdir):
 
 
 def read_tensorboard(workdir):
-    """(tag, step) -> value, as TensorBoard shows it: later files purge what earlier ones wrote from their start on."""
+    """(tag, step) -> value, as TensorBoard shows it: later files, by name, purge what earlier ones wrote from a step."""
     scalars = {}
-    for file in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for file in sorted((workdir / "tensorboard").iterdir()):
         data, start = file.read_bytes(), 0
         while start < len(data):
             (length,) = struct.unpack_from("<Q", data, start)
@@ -28,7 +28,9 @@ def read_tensorboard(workdir):
             start += 16 + length
             if event.session_log.status == event.session_log.START:
                 scalars = {key: value for key, value in scalars.items() if key[1] < event.step}
-            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in scalars, "a step is there twice"
+                scalars[value.tag, event.step] = value.simple_value
     return scalars
 
 
@@ -39,9 +41,9 @@ def test_writes_each_line_at_once_and_to_tensorboard(tmp_path):
         writer.write(np.int32(2), {"loss": math.nan, "val_loss": math.inf})
     assert read(tmp_path / "run")[1] == {"step": 2, "loss": None, "val_loss": None}
     events = read_tensorboard(tmp_path / "run")
-    assert events["loss", 1] == 2.5
-    assert math.isnan(events["loss", 2])
-    assert events["val_loss", 2] == math.inf
+    assert events["train/loss", 1] == 2.5
+    assert math.isnan(events["train/loss", 2])
+    assert events["val/loss", 2] == math.inf
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 4, "lo', '{"step": 4, "loss": 9.0}'])
@@ -64,14 +66,19 @@ def test_resume_drops_later_steps(tmp_path, half):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
-def test_resume_purges_tensorboard(tmp_path):
+def test_resumes_within_a_second_purge_tensorboard(tmp_path, monkeypatch):
+    """tensorboardX names a file by the second in which it is opened: ten resumes have files of their own, in order."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     with MetricsWriter(tmp_path, -1) as writer:
         for step in range(4):
             writer.write(step, {"loss": step})
-    time.sleep(1.1)  # tensorboardX names a file after the second in which it was opened
-    with MetricsWriter(tmp_path, 1) as writer:
-        writer.write(2, {"loss": 20})
-    assert read_tensorboard(tmp_path) == {("loss", 0): 0, ("loss", 1): 1, ("loss", 2): 20}
+    for start in range(10):
+        with MetricsWriter(tmp_path, 1) as writer:
+            writer.write(2, {"loss": 20 + start})
+            writer.write(2, {"val_loss": start})
+    train = {("train/loss", 0): 0, ("train/loss", 1): 1, ("train/loss", 2): 29}
+    assert read_tensorboard(tmp_path) == train | {("val/loss", 2): 9}
 
 
 def test_new_run_drops_everything(tmp_path):
