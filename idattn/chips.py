@@ -10,7 +10,7 @@ class Chip(NamedTuple):
     """
 
     kinds: tuple[str, ...]  # jax.Device.device_kind
-    flops: float  # a second, dense, bfloat16
+    flops: float  # a second, dense, bfloat16; float16 for T4 and V100, which have no bfloat16
     hbm_gib: float | None = None
     hbm_bytes: float | None = None  # a second
     link_bytes: float | None = None  # a second, one way, all links together
@@ -38,7 +38,11 @@ CHIPS = {
     ),
     "H100": Chip(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"), 989.5e12),
     "H100 PCIe": Chip(("NVIDIA H100 PCIe",), 756.5e12),
+    "A10G": Chip(("NVIDIA A10G",), 70e12),
     "L4": Chip(("NVIDIA L4",), 121e12),
+    "T4": Chip(("Tesla T4",), 65e12),
+    "V100": Chip(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), 125e12),
+    "V100 PCIe": Chip(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), 112e12),
     "RTX 6000 Ada": Chip(("NVIDIA RTX 6000 Ada Generation",), 364.25e12),
 }  # fmt: skip
 
@@ -57,7 +61,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def device_peak_flops(device_kind: str) -> float | None:
-    """The published dense bfloat16 FLOP/s of one jax device.
+    """The published dense FLOP/s of one jax device in bfloat16, of T4 and V100 in float16.
 
     Args:
       device_kind: `jax.Device.device_kind`.

@@ -8,6 +8,10 @@ def test_device_peak_flops():
     assert device_peak_flops("TPU v5") == 459e12
     assert device_peak_flops("TPU v3") == 61.5e12
     assert device_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert (device_peak_flops("Tesla T4"), device_peak_flops("NVIDIA A10G"), device_peak_flops("NVIDIA L4")) == (
+        65e12, 70e12, 121e12,
+    )  # fmt: skip
+    assert device_peak_flops("Tesla V100-PCIE-16GB") == 112e12 < device_peak_flops("Tesla V100-SXM2-16GB") == 125e12
     assert device_peak_flops("NVIDIA H100 PCIe") < device_peak_flops("NVIDIA H100 80GB HBM3")
     for unknown in ("cpu", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert device_peak_flops(unknown) is None

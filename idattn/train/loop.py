@@ -36,9 +36,17 @@ def train(
     init_from: str = "",
     profile: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Train a language model, or go on with the run that is in `workdir`; resumed runs are bit-exact.
+    """Train a language model, or resume the run that is in `workdir`; resumed runs are bit-exact.
 
     Writes to `workdir`: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`.
+
+    A line of `metrics.jsonl` has the `step` and, every `train.log_every` steps, `loss` (nats per target, of the step's
+    batch), `grad_norm`, `learning_rate`, `targets` (tokens of the batch that count in the loss), `not_finite` (such
+    steps so far), `tokens` (that the run has trained on so far: steps x batch_size x seq_len), `epoch` (of each source)
+    and, as means since the line before, `seconds_per_step`, `tokens_per_second` and `mfu` (share of the devices'
+    published peak, where `idattn.chips` has it). The first step of every start, which compiles, and evaluations and
+    saves are left out of these three. After an evaluation a line has `val_loss` and `val_perplexity`. Older versions
+    wrote as `tokens` what is `targets` now.
 
     Args:
       config: the run, as a Config or as the ConfigDict of a config file.
@@ -47,8 +55,8 @@ def train(
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
         A run that is resumed within the window or after it is not profiled.
 
-    A request to stop (SIGTERM, a preemption notice, Ctrl-C) is granted after the step that is under way: all processes
-    save the same step, and the call returns.
+    A request to stop (SIGTERM, a preemption notice, Ctrl-C) takes effect after the step that is under way: all
+    processes save the same step, and the call returns.
 
     Returns:
       `step`, `finished` (False after a request to stop), `val_loss` (nats per token), `best_val_loss`, `parameters`,
@@ -89,7 +97,7 @@ class _Run:
         self.parameters = count_parameters(config.model)["total"]
         self.best = float("inf")
         self.val_loss = float("nan")
-        self.skipped = 0  # steps that were not finite, as far as they were said
+        self.skipped = 0  # steps that were not finite, as far as they were reported
 
     def run(self) -> dict[str, Any]:
         check_same_run(self.workdir, self.config, self.digests)  # here: a start that fails leaves no config
@@ -99,13 +107,13 @@ class _Run:
             restored = saved.restore_latest(self.trainer.abstract_state(), self.data)
             start, state = restored or (0, self._initial_state())
             axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-            _say(
+            _print(
                 f"{'+'.join(self.config.model.mixers)}: {self.parameters:,} parameters, {settings.steps:,} steps of "
                 f"{settings.batch_size * self.config.data.seq_len:,} tokens on {mesh.size} x "
                 f"{jax.local_devices()[0].device_kind}{f' ({axes})' if axes else ''}; "
                 + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
             )
-            with MetricsWriter(self.workdir, start) if _is_first() else nullcontext() as self.writer:
+            with MetricsWriter(self.workdir, start) if _is_main_process() else nullcontext() as self.writer:
                 if self.writer:
                     history = read_metrics(self.workdir / "metrics.jsonl")
                     losses = (row.get("val_loss") for row in history)  # null where it was not finite
@@ -114,8 +122,8 @@ class _Run:
                 if done == start == settings.steps:
                     self._evaluate(state)
         if done < settings.steps:
-            _say(
-                f"\nstopped by {self.stop.reason} with step {done} of {settings.steps} saved; the same command goes on."
+            _print(
+                f"\nstopped by {self.stop.reason} with step {done} of {settings.steps} saved; the same command resumes."
             )
             return self._result(done)
         return self._report(state)
@@ -131,17 +139,17 @@ class _Run:
                 f"init_from={self.init_from!r} holds the weights of another model than this config's "
                 f"({'; '.join(self.config.differences(differing))}). Give this run the same model."
             )
-        _say(f"weights from {self.init_from}, step {step}")
+        _print(f"weights from {self.init_from}, step {step}")
         return state | {
             "params": jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state["params"])
         }
 
     def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> tuple[int, State]:
         settings = self.config.train
-        pending = None  # metrics of the last step, looked at when the next one is under way
-        self._clock = (time.perf_counter(), start)
+        pending = None  # metrics of the last step, recorded when the next one is under way
+        self._clock = None  # (time, step) since when speed is measured
         mesh, done = self.trainer.mesh, start
-        hidden = start == settings.steps or not _is_first()
+        hidden = start == settings.steps or not _is_main_process()
         with tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden) as bar:
             while done < settings.steps and not self.stop.reached(done):
                 done += 1
@@ -151,12 +159,12 @@ class _Run:
                 batch = place(mesh, next(self.data), self.rows, settings.batch_size)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.trainer.step(state, batch)
-                self._look(pending, state, bar)
+                self._record(pending, state, bar)
                 pending = (done, metrics)
                 evaluate = done % settings.eval_every == 0 or done == settings.steps
                 save = done % settings.checkpoint_every == 0 or done == settings.steps
                 if evaluate or save or done == self.profile[1]:
-                    self._look(pending, state, bar)
+                    self._record(pending, state, bar)
                     pending = None
                     paused = time.perf_counter()
                     if done == self.profile[1] and start < self.profile[0]:
@@ -164,21 +172,22 @@ class _Run:
                         traces.close()
                     val_loss = self._evaluate(state) if evaluate else None
                     if val_loss is not None:
-                        self._write(done, {"val_loss": val_loss})
-                        _say(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
+                        with np.errstate(over="ignore"):  # infinity is right
+                            self._write(done, {"val_loss": val_loss, "val_perplexity": np.exp(val_loss)})
+                        _print(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")
                     self._upload_metrics()
                     if save:
                         checkpoints.save(done, state, self.data, self.config, val_loss)
                     self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
                 bar.update()
             if done < settings.steps:
-                self._look(pending, state, bar)
+                self._record(pending, state, bar)
                 if checkpoints.latest_step() != done:
                     self._upload_metrics()
                     checkpoints.save(done, state, self.data, self.config)
         return done, state
 
-    def _look(self, pending: tuple[int, dict[str, jax.Array]] | None, state: State, bar: tqdm) -> None:
+    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None, state: State, bar: tqdm) -> None:
         """Show and log the metrics of a step; stop the run if they are not finite."""
         if pending is None:
             return
@@ -194,24 +203,35 @@ class _Run:
             )
         if skipped > self.skipped:
             self.skipped = skipped
-            _say(
+            _print(
                 f"step {step:>7,}  skipped: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
                 f"({skipped} of {allowed} that may be)"
             )
+        now = time.perf_counter()
+        then, earlier = self._clock = self._clock or (now, step)  # from the end of the first step, which compiles
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            then, earlier = self._clock
-            self._clock = (time.perf_counter(), step)
+            self._clock = (now, step)
             batch_size, weights = self.config.train.batch_size, self.config.data.weights
             metrics |= count_epochs(self.train_windows, batch_size, step, weights)
-            per_step = self.config.train.batch_size * self.config.data.seq_len
-            speed = metrics["tokens_per_second"] = (step - earlier) * per_step / (self._clock[0] - then)
-            peak = device_peak_flops(jax.local_devices()[0].device_kind)
-            if peak:
-                flops = training_flops_per_token(self.config.model, self.config.data.seq_len)
-                metrics["mfu"] = speed * flops / (peak * self.trainer.mesh.size)
-            mfu = f"{metrics['mfu']:.1%}" if peak else "n/a"
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{speed:,.0f}", mfu=mfu, refresh=False)
+            metrics["tokens"] = step * batch_size * self.config.data.seq_len
+            shown = {"loss": f"{metrics['loss']:.3f}"}
+            if step > earlier:
+                metrics |= self._speed((now - then) / (step - earlier))
+                mfu = f"{metrics['mfu']:.1%}" if "mfu" in metrics else "n/a"
+                shown |= {"tokens_per_s": f"{metrics['tokens_per_second']:,.0f}", "mfu": mfu}
+            bar.set_postfix(shown, refresh=False)
             self._write(step, metrics)
+
+    def _speed(self, seconds_per_step: float) -> dict[str, float]:
+        """The metrics of speed; `mfu` for devices whose peak is known."""
+        T = self.config.data.seq_len
+        speed = self.config.train.batch_size * T / seconds_per_step
+        metrics = {"seconds_per_step": seconds_per_step, "tokens_per_second": speed}
+        peak = device_peak_flops(jax.local_devices()[0].device_kind)
+        if peak:
+            flops = training_flops_per_token(self.config.model, T)
+            metrics["mfu"] = speed * flops / (peak * self.trainer.mesh.size)
+        return metrics
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self.writer:
@@ -241,7 +261,7 @@ class _Run:
     def _report(self, state: State) -> dict[str, Any]:
         settings = self.config.train
         result = self._result(settings.steps)
-        if not _is_first():
+        if not _is_main_process():
             return result
         rows = {}
         if settings.ngram_orders:
@@ -277,11 +297,11 @@ class _Run:
         return completion.text
 
 
-def _is_first() -> bool:
+def _is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
-def _say(text: str) -> None:
-    if _is_first():
+def _print(text: str) -> None:
+    if _is_main_process():
         tqdm.write(text)

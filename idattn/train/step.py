@@ -19,7 +19,7 @@ State = dict[str, Any]  # step, params, opt_state, not_finite
 
 
 class Trainer:
-    """The compiled functions of a run; the model's structure is taken apart once, here.
+    """The compiled functions of a run.
 
     Attributes:
       mesh: that everything runs on.
@@ -61,7 +61,7 @@ class Trainer:
             return self._init()
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """The state after a step on a batch, and the step's metrics; the state given is given up."""
+        """The state after a step on a batch, and the step's metrics; the given state's memory is used again."""
         with jax.set_mesh(self.mesh):
             return self._compiled_step(state, batch)
 
@@ -85,7 +85,7 @@ class Trainer:
         )
 
     def _specs(self, params: Any) -> Any:
-        """The specs of the state: the optimiser keeps what it keeps of a parameter where that is."""
+        """The specs of the state: what the optimiser stores of a parameter is split as the parameter."""
         whole = PartitionSpec()
         opt_state = optax.tree.map_params(
             self._optimizer, lambda _, s: s, self._shapes["opt_state"], params, transform_non_params=lambda _: whole
@@ -93,17 +93,17 @@ class Trainer:
         return {"step": whole, "not_finite": whole, "params": params, "opt_state": opt_state}
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        loss, tokens, grads = self._gradients(state["params"], batch)
+        loss, targets, grads = self._gradients(state["params"], batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = self._optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
         grad_norm = optax.tree.norm(grads)
-        # A loss or gradient that is not finite leaves the state what it was; after more of them than the run skips it
-        # stays so, until the loop looks at it.
+        # A loss or gradient that is not finite changes nothing in the state; after more of them than the run skips, no
+        # later step does either, until the loop sees it and stops.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         not_finite = state["not_finite"] + ~finite
-        goes_on = not_finite <= self.config.train.skip_not_finite
-        good = finite & goes_on
+        continues = not_finite <= self.config.train.skip_not_finite
+        good = finite & continues
         new = {"params": params, "opt_state": opt_state}
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
@@ -111,10 +111,10 @@ class Trainer:
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": self._learning_rate(state["step"]),
-            "tokens": tokens,
+            "targets": targets,
             "not_finite": not_finite,
         }
-        return new | {"step": state["step"] + goes_on, "not_finite": not_finite}, metrics
+        return new | {"step": state["step"] + continues, "not_finite": not_finite}, metrics
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
         """Mean loss in nats per target, number of targets, and gradients, over the parts of the batch in turn."""

@@ -18,7 +18,7 @@ def read(workdir):
 
 
 def read_tensorboard(workdir):
-    """(tag, step) -> value, as TensorBoard shows it: later files, by name, purge what earlier ones wrote from a step."""
+    """(tag, step) -> value, as TensorBoard shows it: files by name, each purges the steps that it repeats."""
     scalars = {}
     for file in sorted((workdir / "tensorboard").iterdir()):
         data, start = file.read_bytes(), 0

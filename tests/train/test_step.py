@@ -72,12 +72,12 @@ def test_metrics_and_state():
     params = copy(state["params"])
     loss, grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(trainer, params, batch)))(params)
     state, metrics = trainer.step(state | {"step": jnp.int32(7)}, batch)
-    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "tokens", "not_finite"}
+    assert set(metrics) == {"loss", "grad_norm", "learning_rate", "targets", "not_finite"}
     assert_close(metrics["loss"], loss, "float32", reduction=T, name="loss")
     assert abs(metrics["loss"] - np.log(V)) < 0.1
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
     assert_close(metrics["grad_norm"], norm, "float32", reduction=B * T, gradient=True, name="grad_norm")
-    assert float(metrics["tokens"]) == 12 + 1 + 5 + 9
+    assert float(metrics["targets"]) == 12 + 1 + 5 + 9
     assert int(metrics["not_finite"]) == 0
     # The schedule is that of the state's step; the update's own comes from the optimiser's count, here 0.
     assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(config.optim, 50)(7)))
@@ -138,7 +138,7 @@ def test_accumulation_does_not_change_the_step():
     state, metrics = results[1]
     for parts in (2, 4):
         other, other_metrics = results[parts]
-        for name in ("loss", "grad_norm", "tokens", "learning_rate"):
+        for name in ("loss", "grad_norm", "targets", "learning_rate"):
             assert_close(other_metrics[name], metrics[name], "float32", reduction=B * T, gradient=True, name=name)
         assert int(other_metrics["not_finite"]) == int(other["not_finite"]) == 0
         pairs = zip(jax.tree.leaves_with_path(other["opt_state"]), jax.tree.leaves(state["opt_state"]), strict=True)

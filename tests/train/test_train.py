@@ -74,12 +74,17 @@ def test_files_and_metrics(finished):
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert abs(losses[0][1] - np.log(257)) < 0.1  # a new model knows nothing
     assert losses[-1][1] < losses[0][1] - 0.3
-    assert all(speed > 0 for _, speed in rows_of(workdir, "tokens_per_second"))
+    speeds, times = rows_of(workdir, "tokens_per_second"), rows_of(workdir, "seconds_per_step")
+    assert [step for step, _ in speeds] == list(range(2, STEPS + 1))  # the first step compiles
+    assert [speed * seconds for (_, speed), (_, seconds) in zip(speeds, times, strict=True)] == pytest.approx([64] * 11)
+    assert rows_of(workdir, "tokens") == [(step, 64 * step) for step in range(1, STEPS + 1)]
+    perplexities = [(step, pytest.approx(np.exp(loss))) for step, loss in rows_of(workdir, "val_loss")]
+    assert rows_of(workdir, "val_perplexity") == perplexities
     rates = [rate for _, rate in rows_of(workdir, "learning_rate")]
     assert rates[:2] == pytest.approx([5e-3, 1e-2])
     assert rates[-1] == pytest.approx(1e-5)
-    assert all(48 < tokens <= 64 for _, tokens in rows_of(workdir, "tokens"))
-    assert any(tokens < 64 for _, tokens in rows_of(workdir, "tokens"))  # borders of documents do not count
+    assert all(48 < targets <= 64 for _, targets in rows_of(workdir, "targets"))
+    assert any(targets < 64 for _, targets in rows_of(workdir, "targets"))  # borders of documents do not count
 
 
 def test_returned_values(finished):
@@ -152,7 +157,7 @@ def test_resumes_bit_exact_after_sigkill(finished, tmp_path, compilation_cache):
     (output,) = finish(launch(config, workdir))
     assert f"resumed {workdir} at step {checkpoint}\n" in output
     assert f"  this model  {result['val_loss']:.3f}\n" in output
-    for key in ("loss", "grad_norm", "learning_rate", "tokens", "val_loss"):
+    for key in ("loss", "grad_norm", "learning_rate", "targets", "tokens", "val_loss"):
         assert rows_of(workdir, key) == rows_of(reference, key), key  # the same numbers, each step once
     assert [step for step, _ in rows_of(workdir, "loss")] == list(range(1, STEPS + 1))
     config_b, params_b, step_b = load_params(workdir)
@@ -175,7 +180,7 @@ def test_a_disk_that_fills_up(finished, tmp_path, compilation_cache):
         kill(children)
     assert children[0].returncode == 1
     assert f"The checkpoint of step 8 could not be written to {workdir / 'checkpoints'}" in output
-    assert "File too large" in output and "goes on from step 4." in output
+    assert "File too large" in output and "it resumes from step 4." in output
     (output,) = finish(launch(config, workdir, cache=compilation_cache))
     assert f"resumed {workdir} at step 4\n" in output
     assert rows_of(workdir, "loss") == rows_of(reference, "loss")
@@ -226,6 +231,21 @@ def test_another_seed_is_another_run(finished, corpus, tmp_path):
     train(make_config(corpus, seed=43), tmp_path / "c")
     pairs = zip(rows_of(tmp_path / "c", "loss"), rows_of(reference, "loss"), strict=True)
     assert all(ours != theirs for ours, theirs in pairs)
+
+
+def test_a_workdir_of_any_name(corpus, tmp_path):
+    """Spaces, letters beyond ASCII and a symlink, as the folder of a run that is resumed and loaded."""
+    config = make_config(corpus, mixer="softmax", steps=2, eval_every=2, checkpoint_every=1)
+    disk = tmp_path / "große Läufe" / "试验 1 #%"
+    disk.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk, target_is_directory=True)
+    workdir = tmp_path / "link" / "a run"
+    whole = train(config, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    assert train(config, disk / "a run") == whole
+    loaded, _, step = load_params(workdir)
+    assert (loaded, step, steps_of(disk / "a run")) == (config, 2, [1, 2])
+    assert [step for step, _ in rows_of(disk / "a run", "loss")] == [1, 2]
 
 
 class Stopped(Exception):
