@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import idattn
 from idattn.choices import check_choice
@@ -99,12 +99,20 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
         if {"--help", "-h"} & {*arguments}:
             print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
             sys.exit()
-        app.run(module.main, argv=sys.argv, flags_parser=flags.FLAGS)
+        app.run(module.main, argv=sys.argv, flags_parser=_parse)
     except (*_ALWAYS, *_OURS) as error:
         if os.environ.get(TRACEBACK) or not _is_of_user(error):
             raise
         print(f"idattn {name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parse the flags; without --verbosity libraries only warn, as Orbax logs every detail of every checkpoint."""
+    arguments = flags.FLAGS(argv)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING
+    return arguments
 
 
 def load(name: str):

@@ -1,4 +1,4 @@
-"""Train a model, or go on with the run in --workdir.
+"""Train a model, or resume the run in --workdir.
 
 idattn train --config=quickstart --workdir=runs/quickstart --config.train.steps=100
 
@@ -7,7 +7,7 @@ or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of p
 """
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from idattn.cli.config_flag import define_config
 from idattn.train import train
@@ -19,7 +19,7 @@ def define_flags() -> None:
     define_config()
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
     flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from.")
-    flags.DEFINE_list("profile", ["0", "0"], "First and last step of a window to profile.")
+    flags.DEFINE_list("profile", ["0", "0"], "FIRST,LAST: the steps of a window to profile.")
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
 
 
@@ -38,8 +38,22 @@ def connect(processes: str) -> None:
         jax.distributed.initialize(address, *map(int, numbers))
 
 
+def profile_window(values: list[str]) -> tuple[int, int]:
+    """The first and last step of the window that --profile names.
+
+    Raises:
+      ValueError: these are not two whole numbers.
+    """
+    if len(values) != 2 or not all(value.strip().isdecimal() for value in values):
+        raise ValueError(
+            f"--profile={','.join(values)} must be FIRST,LAST, the first and last step to profile, such as "
+            "--profile=10,15."
+        )
+    first, last = map(int, values)
+    return first, last
+
+
 def main(_):
+    profile = profile_window(FLAGS.profile)
     connect(FLAGS.distributed)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    first, last = map(int, FLAGS.profile)
-    train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile=(first, last))
+    train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile=profile)

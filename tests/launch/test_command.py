@@ -13,16 +13,17 @@ from idattn.cli import PROGRAMS
 ROOT = Path(__file__).parents[2]
 FAKE = '''"""A program that fails."""
 import json
-from absl import flags
+from absl import flags, logging
 from idattn.choices import check_choice
 from idattn.cli import PROGRAMS, run
 
 def define_flags():
-    flags.DEFINE_enum("by", "rule", ["rule", "library", "path"], "What fails.")
+    flags.DEFINE_enum("by", "rule", ["rule", "library", "path", "nothing"], "What fails.")
 
 def main(arguments):
     {"rule": lambda: check_choice("colour", "gren", ["green"]), "library": lambda: json.loads("{"),
-     "path": lambda: open("/no/such")}[flags.FLAGS.by]()
+     "path": lambda: open("/no/such"), "nothing": lambda: logging.info("a detail")}[flags.FLAGS.by]()
+    logging.warning("a warning")
 
 if __name__ == "__main__":
     PROGRAMS["fake"] = "fake"
@@ -78,7 +79,7 @@ def test_a_reader_may_close_its_end_of_the_pipe(arguments, unbuffered):
     [
         ("--by=rule", "", 2, "idattn fake: colour='gren' is not known. Did you mean 'green'? It must be one of green."),
         ("--by=path", "", 2, "idattn fake: [Errno 2] No such file or directory: '/no/such'"),
-        ("--by=ruel", "", 2, "idattn fake: flag --by=ruel: value should be one of <rule|library|path>"),
+        ("--by=ruel", "", 2, "idattn fake: flag --by=ruel: value should be one of <rule|library|path|nothing>"),
         ("--bye=rule", "", 2, "idattn fake: Unknown command line flag 'bye'. Did you mean: by ?"),
         ("--by=library", "", 1, "json.decoder.JSONDecodeError: Expecting property name enclosed in double quotes"),
         ("--by=rule", "1", 1, "ValueError: colour='gren' is not known."),
@@ -93,3 +94,12 @@ def test_errors(tmp_path, flag, show, status, last):
     assert done.returncode == status
     *traceback, line = done.stderr.splitlines()
     assert line.startswith(last) and bool(traceback) == (status == 1)
+
+
+@pytest.mark.parametrize(("flags", "messages"), [([], ["a warning"]), (["--verbosity=0"], ["a detail", "a warning"])])
+def test_libraries_only_warn(tmp_path, flags, messages):
+    """Details of libraries, such as Orbax's of every checkpoint, are shown on request."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    command, settings = [sys.executable, "fake.py", "--by=nothing", *flags], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert [line.split("] ")[1] for line in done.stderr.splitlines()] == messages

@@ -9,6 +9,8 @@ import sys
 import pytest
 from runs import ROOT, TINY
 
+from idattn.cli.train import profile_window
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -47,6 +49,15 @@ def test_train(trained):
     config = json.loads((workdir / "config.json").read_text())
     assert (config["model"]["mixers"], config["train"]["steps"], config["optim"]["peak_lr"]) == (["softmax"], 3, 3e-3)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3"]
+
+
+@pytest.mark.parametrize("values", [["1"], ["1", "2", "3"], ["a", "b"], ["1", "-2"], [""], []])
+def test_profile_windows(values):
+    with pytest.raises(
+        ValueError, match=f"--profile={','.join(values)} must be FIRST,LAST, .* such as --profile=10,15"
+    ):
+        profile_window(values)
+    assert profile_window(["10", " 15"]) == (10, 15)
 
 
 def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
