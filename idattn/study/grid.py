@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import itertools
-import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from typing import Any, NamedTuple
 
 from idattn.choices import check_choice
 from idattn.config import Config, from_config_dict
+from idattn.files import read_json
 
+REMEDY = "Remove it to have the cell done again."
 _PACKAGES = ("idattn", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -86,8 +87,8 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
         if file.stem not in names:
             raise ValueError(f"{file} is of no cell of this study; move it away, or name the study that it is of.")
         cell = names[file.stem]
+        record = records[cell] = read_json(file, REMEDY)
         try:
-            record = records[cell] = json.loads(file.read_text())
             stored = configs[cell] if "error" in record else from_config_dict(record["config"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no record ({error}); remove it to have the cell done again.") from error

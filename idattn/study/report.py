@@ -15,6 +15,7 @@ import numpy as np
 from idattn.config import Config
 from idattn.costs import count_parameters, state_size
 from idattn.evals.paper import RESULTS, setting_note
+from idattn.files import write_atomic
 from idattn.study.figures import draw
 from idattn.study.grid import Cell, best_loss, by_condition
 
@@ -74,10 +75,10 @@ def write_report(
         "claims": _claims(done) if is_text else [],
         "measured": _measured(configs, done),
     }
-    (workdir / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_atomic(workdir / "report.json", json.dumps(results, indent=1) + "\n")
     figures = draw(workdir, configs, done)
     text = _text(workdir.name, results, figures)
-    (workdir / "report.md").write_text(text + "\n")
+    write_atomic(workdir / "report.md", text + "\n")
     return text
 
 

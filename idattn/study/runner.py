@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from idattn.config import Config, from_config_dict
 from idattn.config_files import load_module
-from idattn.files import lock_file, write_atomic
-from idattn.study.grid import Cell, Study, record_file, versions
+from idattn.files import lock_file, read_json, write_atomic
+from idattn.study.grid import REMEDY, Cell, Study, record_file, versions
 from idattn.train.metrics import read_metrics
 
 _LOG_LINES = 15  # of a failed cell, in its record
@@ -54,16 +54,16 @@ class Runner:
     def is_done(self, cell: Cell) -> bool:
         """Whether a cell has a record that is not of a failure."""
         file = record_file(self.workdir / "cells", cell)
-        return file.exists() and "error" not in json.loads(file.read_text())
+        return file.exists() and "error" not in read_json(file, REMEDY)
 
     def missing(self, cell: Cell) -> Iterator[tuple[str, list[str]]]:
         """The entry points, with their arguments, that a cell without a record still has to go through, in order."""
         run, config = self.workdir / "runs" / str(cell), self.configs[cell]
         if not (run / "checkpoints" / str(config.train.steps)).is_dir():  # which is there whole, or not at all
             yield "train", [f"--config={self.file}:{cell}", f"--workdir={run}"]
-        found = _evaluations(run)
+        stored = _evaluations(run)
         tasks = next(flag for flag in self.study.evaluate if flag.startswith("--tasks="))
-        if not found or found["step"] < config.train.steps or set(tasks[8:].split(",")) - set(found["tasks"]):
+        if not stored or stored["step"] < config.train.steps or set(tasks[8:].split(",")) - set(stored["tasks"]):
             yield "evaluate", [f"--checkpoint={run}", *self.study.evaluate, f"--out={run / 'evals'}"]
 
     def prepare(self) -> None:
@@ -94,17 +94,17 @@ class Runner:
                     error = _end(log) or f"idattn {name} ended with status {failed} and printed nothing"
                     write_atomic(file, json.dumps({"error": error}, indent=1))
                     return f"failed, see {log}"
-            found, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
+            results, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
             curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
             record = {
-                "config": json.loads((run / "config.json").read_text()),
+                "config": read_json(run / "config.json", f"Delete {run} to train the cell again."),
                 "versions": versions(),
-                "device": next(iter(found["tasks"].values()))["device"],
+                "device": next(iter(results["tasks"].values()))["device"],
                 "date": date.today().isoformat(),
                 "curve": curve,
                 "evaluations": {
                     task: {name: value for name, value in result.items() if name not in ("answers", "documents")}
-                    for task, result in found["tasks"].items()
+                    for task, result in results["tasks"].items()
                 },
             }
             write_atomic(file, json.dumps(record, indent=1))
@@ -128,7 +128,7 @@ class Runner:
 def _evaluations(run: Path) -> dict[str, Any] | None:
     """The results of `idattn evaluate` for a run, if it has any."""
     file = run / "evals" / "results.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file, "Delete it to have the cell evaluated again.") if file.exists() else None
 
 
 def _end(log: Path) -> str:

@@ -43,7 +43,7 @@ class Checkpoints:
     Args:
       workdir: folder of the run.
       keep_latest: number of newest checkpoints to keep.
-      keep_best: number of checkpoints to keep for their low validation loss, beside the newest.
+      keep_best: number of checkpoints to keep for their low validation loss, in addition to the newest.
       tokenizer: of the run, whose files become part of every checkpoint.
 
     Raises:
@@ -53,7 +53,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, keep_latest: int, keep_best: int, tokenizer: Tokenizer | None = None):
         self._tokenizer = tokenizer
         self._folder = _absolute(workdir) / "checkpoints"
-        broken = _set_broken_aside(self._folder) if jax.process_index() == 0 else ""
+        broken = _move_damaged(self._folder) if jax.process_index() == 0 else ""
         if multihost_utils.broadcast_one_to_all(bool(broken)):
             raise RuntimeError(
                 f"No checkpoint in {self._folder} is valid: {broken or 'see process 0'}. Repair one, or move them away "
@@ -153,7 +153,7 @@ class Checkpoints:
             last = max(_steps(self._folder), default=0)
             raise RuntimeError(
                 f"The checkpoint of step {self._saving} could not be written to {self._folder}: {error}. Make room, or "
-                f"let it be written, and start the run again: it goes on from step {last}."
+                f"let it be written, and start the run again: it resumes from step {last}."
             ) from error
 
     def _write_manifest(self) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
             save_tokenizer(self._tokenizer, folder / TOKENIZER)
         files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
         digests = {str(file.relative_to(folder)): sha256_of(file) for file in files}
-        (folder / MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
+        write_atomic(folder / MANIFEST, json.dumps(digests, indent=0, sort_keys=True))
 
 
 def check_same_run(workdir: epath.PathLike, config: Config, data: Mapping[str, str] | None = None) -> None:
@@ -226,7 +226,7 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
         return load_weights(folder)
     if damage := _damage(folder):
         raise ValueError(f"The checkpoint is damaged: {damage}. Choose another step.")
-    config = from_config_dict(json.loads((folder / "config" / "metadata").read_text()))
+    config = from_config_dict(read_json(folder / "config" / "metadata", "Choose another step."))
     abstract = {"params": _stored_tree(folder)["params"]}
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
@@ -245,7 +245,7 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
 def checkpoint_tokenizer(
     checkpoint: epath.PathLike, config: Config, which: str | int = "latest", name: str = ""
 ) -> Tokenizer:
-    """The tokenizer that a checkpoint or an export contains, whatever lies at the path it was trained with.
+    """The tokenizer that a checkpoint or an export contains, not the one that is now at the path it was trained with.
 
     Args:
       checkpoint, which: as in `load_params`.
@@ -312,9 +312,11 @@ def _steps(folder: epath.Path) -> list[int]:
 def _damage(folder: epath.Path, item: str = "") -> str:
     """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is."""
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        digests = read_json(folder / MANIFEST, "")
+    except OSError as error:
         return f"{folder / MANIFEST} cannot be read ({error})"
+    except ValueError as error:
+        return str(error).removesuffix(". ")
     for name, digest in digests.items():
         if not name.startswith(item):
             continue
@@ -325,23 +327,23 @@ def _damage(folder: epath.Path, item: str = "") -> str:
     return ""
 
 
-def _set_broken_aside(folder: epath.Path) -> str:
-    """Move damaged checkpoints to `broken` beside `folder`; if all are, move none and return what is wrong."""
-    broken, found = {}, False
+def _move_damaged(folder: epath.Path) -> str:
+    """Move damaged checkpoints to `broken` next to `folder`; if all are, move none and return what is wrong."""
+    broken, any_valid = {}, False
     for step in _steps(folder):
         # Reading a checkpoint takes time: those older than the newest valid one wait until they are needed, but for
         # the losses, which Orbax reads at once.
-        if damage := _damage(folder / str(step), "metrics/" if found else ""):
+        if damage := _damage(folder / str(step), "metrics/" if any_valid else ""):
             broken[step] = damage
         else:
-            found = True
-    if not found:
+            any_valid = True
+    if not any_valid:
         return "; ".join(broken.values())
     for step, damage in broken.items():
-        aside, count = folder.parent / "broken", itertools.count(1)
-        target = aside / str(step)
+        count = itertools.count(1)
+        target = folder.parent / "broken" / str(step)
         while target.exists():
-            target = aside / f"{step}-{next(count)}"
+            target = target.with_name(f"{step}-{next(count)}")
         write_atomic(target.with_name(f"{target.name}.txt"), damage)  # also makes the folder of both
         (folder / str(step)).rename(target)
         logger.warning("Checkpoint %d is not used and moved to %s: %s.", step, target, damage)
@@ -366,7 +368,8 @@ def _choose(workdir: epath.Path, which: str | int) -> epath.Path:
         return folder / str(steps[0])
     if which == "best":
         files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
-        losses = {step: _val_loss(json.loads(file.read_text())) for step, file in files.items() if file.exists()}
+        stored = {step: read_json(file, "Choose a step.") for step, file in files.items() if file.exists()}
+        losses = {step: _val_loss(metrics) for step, metrics in stored.items()}
         if not any(map(math.isfinite, losses.values())):
             raise FileNotFoundError(f"No checkpoint in {folder} has a validation loss; use which='latest' or a step.")
         return folder / str(min(losses, key=losses.get))
@@ -384,8 +387,8 @@ def _check_structure(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapp
     described = (
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (stored, wanted)
     )
-    if found := differences(*described):
+    if differing := differences(*described):
         raise ValueError(
-            f"{folder} holds a state of another structure in {len(found)} arrays ({'; '.join(found[:5])}). "
+            f"{folder} holds a state of another structure in {len(differing)} arrays ({'; '.join(differing[:5])}). "
             "Resume with the model and optimiser that it was saved with."
         )

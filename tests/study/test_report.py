@@ -159,9 +159,6 @@ def test_records_that_do_not_belong(folder, changed, message):
 def test_files_that_are_no_records(folder, tmp_path):
     with pytest.raises(ValueError, match="has no records of cells; run the study, without --report"):
         read_records(tmp_path / "empty", CONFIGS)
-    (folder / "125M,s4d,3.json").write_text("{")
-    with pytest.raises(ValueError, match=r"125M,s4d,3\.json is no record"):
-        read_records(folder, CONFIGS)
     (folder / "125M,s4d,3.json").rename(folder / "1B,s4d,3.json")
     with pytest.raises(ValueError, match=r"1B,s4d,3\.json is of no cell of this study"):
         read_records(folder, CONFIGS)
@@ -190,3 +187,11 @@ def test_studies_that_ship(name):
 
 
 SSM = CONFIGS[CELLS[0]].model.ssm
+
+
+@pytest.mark.parametrize("text", ["", '{"config": ', "[]"])
+def test_a_damaged_record_is_named(folder, text):
+    file = record_file(folder, CELLS[0])
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged \(.*\)\. Remove it to have the cell done again"):
+        read_records(folder, CONFIGS)

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -321,7 +322,7 @@ def test_failed_save_is_an_error_and_leaves_the_older(run, monkeypatch):
     checkpoints = Checkpoints(workdir, keep_latest=1, keep_best=0)
     monkeypatch.setattr(checkpoint_lib, "sha256_of", full)
     checkpoints.save(30, make_state(30), make_data(), CONFIG)
-    with pytest.raises(RuntimeError, match="step 30 could not be written .*No space left.* goes on from step 20"):
+    with pytest.raises(RuntimeError, match="step 30 could not be written .*No space left.* it resumes from step 20"):
         checkpoints.__exit__()
     monkeypatch.undo()
     assert resume(workdir)[0] == 20
@@ -518,3 +519,9 @@ def test_save_aside(tmp_path):
         save_aside(tmp_path, "nan_state", make_state(seed))
     with ocp.StandardCheckpointer() as checkpointer:
         assert_same(checkpointer.restore(tmp_path / "nan_state", abstract(make_state())), make_state(2))
+
+
+@pytest.mark.parametrize(("text", "damage"), [("", "empty"), ('{"a": ', "not valid JSON"), ("[]", "a list, not an")])
+def test_a_damaged_manifest_is_named(tmp_path, text, damage):
+    (tmp_path / "manifest.json").write_text(text)
+    assert re.search(rf"manifest\.json is damaged \(.*{damage}.*\)$", checkpoint_lib._damage(tmp_path))
