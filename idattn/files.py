@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -130,18 +130,19 @@ def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
     return value
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON objects in the lines of a file, each with its place in words for messages; empty lines are skipped.
 
     Args:
-      path: of a disk; it is decompressed if it ends in .xz. Only "\\n" ends a line.
+      path: of a disk or gs://BUCKET/FILE; it is decompressed if it ends in .xz. Only "\\n" ends a line.
 
     Raises:
       FileNotFoundError: there is no file.
       ValueError: a line is not UTF-8 or JSON, is no object, or holds half a surrogate pair, which is no text.
     """
-    with (lzma.open if Path(path).suffix == ".xz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    file = resolve_path(path)
+    with file.open("rb") as raw, lzma.open(raw) if file.suffix == ".xz" else nullcontext(raw) as lines:
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"

@@ -15,7 +15,6 @@ OUT/results.json and OUT/results.md are written after every task; those of other
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from absl import flags, logging
 from idattn.evals import harness
 from idattn.evals.paper import table
 from idattn.evals.tasks import TASKS, Settings, Subject, check_task, run_task
-from idattn.files import read_json, write_atomic
+from idattn.files import read_json, resolve_path, write_atomic
 from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 from idattn.trained import assemble
 
@@ -73,29 +72,30 @@ def settings() -> Settings:
         max_tokens=FLAGS.max_tokens,
         batch_tokens=FLAGS.batch_tokens,
         seed=FLAGS.seed,
-        figures=Path(FLAGS.out),
+        figures=resolve_path(FLAGS.out),
     )
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().manager.getLogger("lm_eval").setLevel("ERROR")  # it warns of what is meant
     for task in FLAGS.tasks:
         check_task(task)
     wanted = settings()
     config, params, step = load_params(FLAGS.checkpoint)
-    out = Path(FLAGS.out)
+    out = wanted.figures
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
     results: dict[str, Any] = {"checkpoint": str(FLAGS.checkpoint), "step": step, "tasks": {}}
     if file.exists():
-        found = read_json(file, "Delete it to evaluate anew, or name another folder with --out.")
-        if {**found, "tasks": {}} != results:
+        stored = read_json(file, "Delete it to evaluate anew, or name another folder with --out.")
+        if not stored.keys() >= results.keys() or not isinstance(stored["tasks"], dict):
+            raise ValueError(f"{file} has no results of an evaluation; name another folder with --out.")
+        if {**stored, "tasks": {}} != results:
             raise ValueError(
-                f"{file} has the results of {found['checkpoint']}, step {found['step']}, not those of "
+                f"{file} has the results of {stored['checkpoint']}, step {stored['step']}, not those of "
                 f"{FLAGS.checkpoint}, step {step}; name another folder with --out."
             )
-        results = found
+        results = stored
     tokenizer = checkpoint_tokenizer(FLAGS.checkpoint, config, name=FLAGS.tokenizer)
     model = assemble(config, params, step, tokenizer, chunk_size=FLAGS.chunk_size, state_dtype=FLAGS.state_dtype)
     subject = Subject(config, params, model.decoder, model.tokenizer)

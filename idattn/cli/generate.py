@@ -14,15 +14,14 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from idattn.config import MeshConfig
-from idattn.files import read_json_lines
+from idattn.files import disk_path, read_json_lines, resolve_path
 from idattn.inference import generate_text, load_context, right_pad, save_context
 from idattn.inference.text import encode_prompt
 from idattn.sharding import make_mesh
@@ -64,7 +63,7 @@ def continue_prompt(decoder, tokenizer, context, settings) -> None:
     """Print the continuations of one prompt as they come."""
     prompt = FLAGS.prompt
     if FLAGS.prompt_file:
-        prompt = sys.stdin.read() if FLAGS.prompt_file == "-" else Path(FLAGS.prompt_file).read_text("utf-8")
+        prompt = sys.stdin.read() if FLAGS.prompt_file == "-" else resolve_path(FLAGS.prompt_file).read_text("utf-8")
     shown = prompt
     if FLAGS.save_context:
         tokens = encode_prompt(tokenizer, prompt, continues=context is not None)
@@ -108,7 +107,7 @@ def continue_rows(decoder, tokenizer, context, settings) -> None:
                 raise ValueError(f"{place}: {error}") from error
         rows.append(row)
     start, count = time.perf_counter(), 0
-    with open(FLAGS.out, "a", encoding="utf-8") if FLAGS.out else nullcontext(sys.stdout) as file:
+    with open(disk_path(FLAGS.out), "a", encoding="utf-8") if FLAGS.out else nullcontext(sys.stdout) as file:
         for first in tqdm(range(0, len(rows), FLAGS.batch_size), unit="batch", disable=None):
             batch = [row for row in rows[first : first + FLAGS.batch_size] for _ in range(FLAGS.num_samples)]
             each = {name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS}
@@ -126,7 +125,6 @@ def continue_rows(decoder, tokenizer, context, settings) -> None:
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)
     if sum(bool(x) for x in (FLAGS.prompt, FLAGS.prompt_file, FLAGS.jsonl)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and --jsonl.")
     mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor)) if FLAGS.tensor > 1 else None

@@ -1,4 +1,4 @@
-"""Train and evaluate every cell of a study and report on them; the same command goes on where it was stopped.
+"""Train and evaluate every cell of a study and report on them; the same command resumes where it was stopped.
 
 idattn study --config=study_cpu --workdir=results/study_cpu --jobs=2
 
@@ -14,11 +14,11 @@ is missing, for launch/tpu.sh or launch/slurm.sh; cells that are trained and eva
 import shlex
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from absl import flags
 from tqdm import tqdm
 
+from idattn.files import disk_path
 from idattn.study import read_records, write_report
 from idattn.study.runner import Runner
 
@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 
 def main(_):
-    workdir = Path(FLAGS.workdir)
+    workdir = disk_path(FLAGS.workdir)
     runner = Runner(FLAGS.config, workdir)
     if FLAGS.dry_run:
         for cell in runner.study.cells:
@@ -52,7 +52,7 @@ def main(_):
                 tqdm.write(f"{cell}  {future.result()}")
                 bar.update()
         if runner.stopped.is_set():
-            print("stopped; the same command goes on.")
+            print("stopped; the same command resumes.")
             return
     records = read_records(workdir / "cells", runner.configs)
     print(write_report(workdir, runner.configs, records, is_text=runner.study.is_text))

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from idattn.data import optional
-from idattn.files import write_atomic
+from idattn.files import resolve_path, write_atomic
 
 _HUB_FILES = ("tokenizer.model", "tokenizer.json")
 _BYTES_FILE = b"Ids 0 to 255 are the bytes of UTF-8; 256 starts a document.\n"
@@ -68,7 +68,7 @@ def load_tokenizer(name: epath.PathLike) -> Tokenizer:
     name = os.fspath(name)
     if name == "bytes":
         return ByteTokenizer()
-    path = epath.Path(name).expanduser()
+    path = resolve_path(name)
     if path.is_dir():
         files = [path / f"tokenizer{suffix}" for suffix in _KINDS if (path / f"tokenizer{suffix}").exists()]
         if not files:
@@ -94,7 +94,7 @@ def load_tokenizer(name: epath.PathLike) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike) -> None:
     """Write the files of a tokenizer, which `load_tokenizer` reads, to a folder of a disk or bucket."""
     for name, data in tokenizer.files.items():
-        write_atomic(epath.Path(folder) / name, data)
+        write_atomic(resolve_path(folder) / name, data)
 
 
 def encode_document(text: str, tokenizer: Tokenizer, name: str) -> np.ndarray:

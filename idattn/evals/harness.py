@@ -14,7 +14,7 @@ import numpy as np
 
 from idattn.data import Tokenizer, optional
 from idattn.evals.scores import continue_texts, score_rows
-from idattn.files import read_json_lines
+from idattn.files import read_json_lines, resolve_path
 from idattn.inference import Decoder
 from idattn.inference.text import encode_prompt
 
@@ -188,7 +188,7 @@ def local_task(name: str, data: str | Path) -> dict[str, Any]:
         raise ValueError(f"task={name!r} is not read from local data, only {', '.join(LISTS['commonsense'])} are.")
     rows = [
         row | {"query": row.get("query", "") + _ANSWER.get(name, "")}
-        for row in _read_rows(Path(data))
+        for row in _read_rows(data)
         if row.get("task") in (name, {"social_iqa": "siqa"}.get(name))
     ]
     if not rows:
@@ -222,6 +222,7 @@ def local_task(name: str, data: str | Path) -> dict[str, Any]:
     return config | fields | {"metric_list": metric_list}
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(data: str | Path) -> list[dict[str, Any]]:
+    path = resolve_path(data)
     files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
     return [row for file in files for _, row in read_json_lines(file)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from idattn.data import TokenStream
@@ -95,7 +96,7 @@ def mean_perplexities(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
     return {length: float(np.mean([found[length]["perplexity"] for found in corpora.values()])) for length in lengths}
 
 
-def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained_length: int, path: Path) -> None:
+def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained_length: int, path: epath.Path) -> None:
     """Perplexity against the length of the windows, and loss by position in the longest; a PNG."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_length, by_position = figure.subplots(1, 2)
@@ -112,4 +113,5 @@ def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained
         axes.axvline(trained_length, color="gray", linestyle=":", label="trained on")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png")

@@ -4,11 +4,11 @@ import difflib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ class Settings:
     max_tokens: int = 2**20  # to read of each text, from its beginning
     batch_tokens: int = 2**14  # of the rows that are read together
     seed: int = 42  # of the questions
-    figures: Path | None = None  # folder for plots; None: none are drawn
+    figures: epath.Path | None = None  # folder for plots; None: none are drawn
 
     def __post_init__(self):
         for name in ("lengths", "entries"):

@@ -76,7 +76,12 @@ def test_errors(checkpoint, tmp_path):
         run_main(evaluate, *arguments, "--tasks=perplexity,passkeys")
     with pytest.raises(ValueError, match="--lengths=1k,9 must be whole numbers above 0"):
         run_main(evaluate, *arguments, "--lengths=1k,9")
+    with pytest.raises(ValueError, match="'s3://bucket/x' must be a path of a disk, or the string gs:"):
+        run_main(evaluate, f"--checkpoint={checkpoint}", "--out=s3://bucket/x")
     assert not [*tmp_path.iterdir()]
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results\.json has no results of an evaluation; name another folder"):
+        run_main(evaluate, *arguments, "--tasks=mqar")
     (tmp_path / "results.json").write_text('{"checkpoint": "other", "step": 9, "tasks": {}}')
     with pytest.raises(ValueError, match="has the results of other, step 9, not those of .*, step 7; name another"):
         run_main(evaluate, *arguments, "--tasks=mqar")

@@ -104,6 +104,12 @@ def test_errors(run, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(f"--jsonl={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--batch_size=1")
         assert not (tmp_path / "out").read_bytes()
+    for flag in ("--jsonl=s3://x/y", "--prompt_file=s3://x/y", "--load_context=s3://x/y", "--save_context=s3://x/y"):
+        with pytest.raises(ValueError, match="'s3://x/y' must be a path of a disk, or the string gs:"):
+            run(flag)
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    with pytest.raises(ValueError, match="'gs://x/y' must be a path of a disk: a bucket cannot .* append"):
+        run(f"--jsonl={tmp_path / 'in'}", "--out=gs://x/y")
     (tmp_path / "in").write_text('{"text": 1}')
     with pytest.raises(ValueError, match=r"line 1: \{'text': 1\} must be an object with a text under 'prompt'"):
         run(f"--jsonl={tmp_path / 'in'}")

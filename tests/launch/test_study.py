@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import defined_flags, run_main
+
+from idattn.cli import study
+from idattn.study.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -113,7 +117,7 @@ def test_a_stopped_study_goes_on(settings, tmp_path, number):
     output, _ = process.communicate(timeout=120)
     assert not (stopped / "study" / "cells").exists()
     if number == signal.SIGTERM:
-        assert process.returncode == 0 and output.endswith("stopped; the same command goes on.\n")
+        assert process.returncode == 0 and output.endswith("stopped; the same command resumes.\n")
     file = stopped / "study" / "cells" / "tiny,good,1.json"
     for _ in range(100):  # after SIGKILL the run that it had begun goes on alone, and nobody else takes its cell
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=240)
@@ -123,6 +127,28 @@ def test_a_stopped_study_goes_on(settings, tmp_path, number):
     a, b = (json.loads((folder / "study" / "cells" / file.name).read_text()) for folder in (whole, stopped))
     assert a["curve"] == b["curve"] and len(a["curve"]) == 30
     assert a["evaluations"]["length"]["metrics"] == b["evaluations"]["length"]["metrics"]
+
+
+def test_a_study_is_on_a_disk():
+    with defined_flags(study), pytest.raises(ValueError, match="'gs://bucket/x' must be a path of a disk"):
+        run_main(study, "--config=study_cpu", "--workdir=gs://bucket/x")
+
+
+def test_damaged_files_of_a_study_are_named(tmp_path):
+    runner = Runner("study_cpu", tmp_path)
+    cell = runner.study.cells[0]
+    for file, use, remedy in (
+        (tmp_path / "cells" / f"{cell}.json", runner.is_done, "Remove it to have the cell done again"),
+        (
+            tmp_path / "runs" / str(cell) / "evals" / "results.json",
+            lambda cell: [*runner.missing(cell)],
+            "Delete it to have the cell evaluated again",
+        ),
+    ):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged \(empty.*{remedy}"):
+            use(cell)
 
 
 def test_no_study(settings, tmp_path):

@@ -20,7 +20,9 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from runs import assert_same_arrays, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
 
-from idattn.files import read_json, resolve_path, write_atomic
+from idattn.data import load_tokenizer
+from idattn.evals import harness
+from idattn.files import read_json, read_json_lines, resolve_path, write_atomic
 from idattn.inference import load_context, load_weights, save_weights
 from idattn.train import train
 from idattn.train.checkpoint import MANIFEST, Checkpoints, check_same_run, load_params, save_aside
@@ -196,6 +198,9 @@ def test_no_other_path_becomes_a_local_folder(path, tmp_path, monkeypatch):
         lambda: write_atomic(path, "text"),
         lambda: read_json(path, ""),
         lambda: load_params(path),
+        lambda: load_tokenizer(path),
+        lambda: [*read_json_lines(path)],
+        lambda: harness.local_task("piqa", path),
     ):
         with pytest.raises(ValueError, match=rf"{path}.* must be a path of a disk, or the string gs://BUCKET/PATH"):
             use()
