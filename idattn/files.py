@@ -58,7 +58,7 @@ def disk_path(path: epath.PathLike) -> Path:
       ValueError: it is not.
     """
     if in_bucket(path):
-        raise ValueError(f"{os.fspath(path)!r} must be a path of a disk: a bucket cannot lock files or append to them.")
+        raise ValueError(f"{os.fspath(path)!r} must be a path of a disk; a bucket does not serve here.")
     return Path(resolve_path(path))
 
 
@@ -106,22 +106,23 @@ def commit(temporary: Path, path: Path) -> None:
         _sync(path.parent)
 
 
-def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: epath.PathLike, remedy: str, kind: type = dict) -> Any:
+    """The JSON object, or value of another kind, in a file.
 
     Args:
       path: of a disk or gs://BUCKET/FILE.
       remedy: a sentence that says what to do if the file is damaged.
+      kind: dict or list.
 
     Raises:
       FileNotFoundError: there is no file.
-      ValueError: the file is empty, cut short, not JSON or no object.
+      ValueError: the file is empty, cut short, not JSON or of another kind.
     """
     text = resolve_path(path).read_bytes()
     try:
         value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"it is a {type(value).__name__}, not an object")
+        if not isinstance(value, kind):
+            raise ValueError(f"it is a {type(value).__name__}, not a {kind.__name__}")
     except (ValueError, RecursionError) as error:
         problem = (
             f"not valid JSON: {error}" if text.strip(b"\0 \t\r\n") else "empty, as after a crash or on a full disk"

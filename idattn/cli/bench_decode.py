@@ -32,6 +32,7 @@ from idattn.choices import MIXERS, find_mixer
 from idattn.config import ComputeConfig, ModelConfig, from_config_dict
 from idattn.config_files import load_config, load_module
 from idattn.costs import decode_bytes
+from idattn.files import disk_path, write_atomic
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 from idattn.plan.compiler import load_compiler, tpu_devices
@@ -228,10 +229,9 @@ def main(_):
                         raise
                     tqdm.write(f"{scale}, {mixer}, {batch_size} rows after {prefix}: out of memory")
                 if FLAGS.out:
-                    folder = Path(FLAGS.out)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "decode.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
-                    (folder / "decode.md").write_text(write_table(rows, title) + "\n")
+                    folder = disk_path(FLAGS.out)
+                    write_atomic(folder / "decode.json", json.dumps({"title": title, "rows": rows}, indent=1))
+                    write_atomic(folder / "decode.md", write_table(rows, title) + "\n")
                     if timed := [row for row in rows if "seconds" in row]:
                         plot(timed, folder / "decode.png")
     if rows:

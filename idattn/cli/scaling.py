@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from idattn.config import from_config_dict
 from idattn.config_files import load_config
+from idattn.files import disk_path, read_json, write_atomic
 from idattn.plan.compiler import load_compiler
 from idattn.plan.search import first_that_fits
 
@@ -126,10 +127,9 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 def main(_):
     load_compiler()
-    out = Path(FLAGS.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = disk_path(FLAGS.out)
     file = out.with_suffix(".json")
-    found = json.loads(file.read_text()) if file.exists() else []
+    found = read_json(file, "Delete it to plan anew.", list) if file.exists() else []
     wanted = [
         case for case in CASES if case[0] in FLAGS.models and case[1] in FLAGS.slices and str(case[2]) in FLAGS.contexts
     ]
@@ -139,6 +139,6 @@ def main(_):
         found.append(plan(*case))
         tqdm.write(" | ".join(row(found[-1])))
         found.sort(key=lambda f: CASES.index((f["scale"], f["slice"], f["context"])))
-        file.write_text(json.dumps(found, indent=1))
-        out.with_suffix(".md").write_text(table(found) + "\n")
+        write_atomic(file, json.dumps(found, indent=1))
+        write_atomic(out.with_suffix(".md"), table(found) + "\n")
         plot(found, out.with_suffix(".png"))

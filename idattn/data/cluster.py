@@ -1,12 +1,12 @@
 """Preparation on many machines, by datatrove's executors: they start the parts, which make the folder as anywhere."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 from idattn.choices import check_choice
 from idattn.data import optional
 from idattn.data.preparation import Preparation, begin, prepare
+from idattn.files import disk_path
 
 _EXECUTORS = {"slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 
@@ -27,7 +27,7 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
     """
     check_choice("engine", engine, _EXECUTORS)
     executor = getattr(optional.load("datatrove.executor", f"engine={engine!r}", extra="cluster"), _EXECUTORS[engine])
-    folder, last = Path(out).absolute(), None
+    folder, last = disk_path(out).absolute(), None
     begin(settings, folder)  # here, where the tokenizer can be had
     for attempt in range(1 + settings.deduplicate):
         logs = folder.with_name(f"{folder.name}-logs") / str(attempt)

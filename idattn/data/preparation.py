@@ -26,7 +26,7 @@ from tqdm import tqdm
 from idattn.data.corpus import Corpus, Unit
 from idattn.data.stream import FORMAT, MANIFEST, PLAN, REMEDY, SPLITS, ShardWriter
 from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
-from idattn.files import read_json, write_atomic
+from idattn.files import disk_path, read_json, write_atomic
 
 _TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
@@ -85,7 +85,7 @@ def prepare(
     """
     if workers < 1 or not 0 <= part[0] < part[1]:
         raise ValueError(f"workers={workers} must be at least 1, and part={part} (i, n) with i from 0 to n - 1.")
-    out = Path(out)
+    out = disk_path(out)
     plan = begin(settings, out)
     if part[1] == 1:
         _clean(out)
@@ -144,7 +144,7 @@ class _Worker:
 
 def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
     """What all units have in common, and the units: from the folder if it was begun, which must agree."""
-    out = Path(out)
+    out = disk_path(out)
     corpus = Corpus(settings.source, settings.text_field)
     plan = {
         "format": FORMAT,

@@ -259,6 +259,8 @@ def test_bad_input(settings, tmp_path):
     for arguments in ({"workers": 0}, {"part": (2, 2)}):
         with pytest.raises(ValueError, match=r"workers=\d must be at least 1, and part="):
             prepare(settings, tmp_path / "out", **arguments)
+    with pytest.raises(ValueError, match="'gs://bucket/x' must be a path of a disk"):
+        prepare(settings, "gs://bucket/x")
     for name, content, message in (
         ("empty.jsonl", b"", "holds no documents"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"latin\.jsonl, line 2: not valid UTF-8"),

@@ -108,7 +108,7 @@ def test_errors(run, tmp_path):
         with pytest.raises(ValueError, match="'s3://x/y' must be a path of a disk, or the string gs:"):
             run(flag)
     (tmp_path / "in").write_text('{"prompt": "a"}')
-    with pytest.raises(ValueError, match="'gs://x/y' must be a path of a disk: a bucket cannot .* append"):
+    with pytest.raises(ValueError, match="'gs://x/y' must be a path of a disk; a bucket does not serve here"):
         run(f"--jsonl={tmp_path / 'in'}", "--out=gs://x/y")
     (tmp_path / "in").write_text('{"text": 1}')
     with pytest.raises(ValueError, match=r"line 1: \{'text': 1\} must be an object with a text under 'prompt'"):

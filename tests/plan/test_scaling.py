@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from helpers import defined_flags, run_main
 
 from idattn.cli import scaling
@@ -31,6 +32,9 @@ def test_scaling_takes_the_first_plan_that_fits(monkeypatch, tmp_path, capsys):
         run_main(scaling, *arguments)
         seen = len(tried)
         run_main(scaling, *arguments)
+        (tmp_path / "plans.json").write_text("")
+        with pytest.raises(ValueError, match=r"plans\.json is damaged \(empty.*Delete it to plan anew"):
+            run_main(scaling, *arguments)
     assert len(tried) == seen
     mesh = MeshConfig(data=1, fsdp=16)
     plans = [(remat, parts, mesh) for remat in ("none", "dots") for parts in (1, 4)]

@@ -521,7 +521,7 @@ def test_save_aside(tmp_path):
         assert_same(checkpointer.restore(tmp_path / "nan_state", abstract(make_state())), make_state(2))
 
 
-@pytest.mark.parametrize(("text", "damage"), [("", "empty"), ('{"a": ', "not valid JSON"), ("[]", "a list, not an")])
+@pytest.mark.parametrize(("text", "damage"), [("", "empty"), ('{"a": ', "not valid JSON"), ("[]", "a list, not a")])
 def test_a_damaged_manifest_is_named(tmp_path, text, damage):
     (tmp_path / "manifest.json").write_text(text)
     assert re.search(rf"manifest\.json is damaged \(.*{damage}.*\)$", checkpoint_lib._damage(tmp_path))
