@@ -46,4 +46,5 @@ class Backend:
         size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
         if size < 1:
             raise ValueError(f"{chunk_size=} must be at least 1.")
-        return min(size, T) if self.clips_chunks else size
+        is_known = isinstance(T, int)  # else it is a dimension of jax.export, which no number is less than
+        return min(size, T) if self.clips_chunks and is_known else size

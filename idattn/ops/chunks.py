@@ -67,7 +67,8 @@ def pad_to_chunks(arrays: tuple[jax.Array, ...], segments: Segments | None, K: i
     The run is -1 at padding, whose values become 0 whatever they hold (NaN included); it is None where every row
     is one document without padding.
     """
-    pad = -arrays[0].shape[1] % K
+    T = arrays[0].shape[1]
+    pad = -(-T // K) * K - T  # not -T % K: of a symbolic T, jax.export knows that this is at least K with T
     run = None
     if segments is not None:
         is_token = segments.run != PADDING

@@ -227,3 +227,14 @@ def test_parameters_of_the_layer_name_their_group():
     assert groups["ssm"] == norms | {f"core.basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}
     assert groups["matrix"] == {f"{n}.weight" for n in ("key", "value", "query", "output")}
     assert groups["other"] == {f"core.{n}_conv.{p}" for n in ("key", "query") for p in ("taps", "bias")}
+
+
+@pytest.mark.parametrize("name", ["interdomain", "s4d"])
+def test_batch_and_length_may_be_symbolic(name):
+    """One program of jax.export for any of them, shorter and longer than a chunk."""
+    mixer = make_mixer(name)
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, t, {D}"), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: mixer(x)[0]))(x)
+    for length in (1, T):
+        x = inputs(length=length)
+        assert_close(exported.call(x), run(mixer, x)[0], "float32", reduction=T)
