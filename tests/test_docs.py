@@ -1,6 +1,7 @@
-"""The pages: links lead to files, commands and settings are those of the program, the example runs."""
+"""The pages: links lead to files, commands, settings and names are those of the program, the example runs."""
 
 import functools
+import pkgutil
 import re
 import runpy
 import shlex
@@ -45,6 +46,18 @@ def test_links(page):
 def test_settings(page):
     for setting in re.findall(r"--config\.([\w.]+)", page.read_text()):
         functools.reduce(getattr, setting.split("."), quickstart())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names(page):
+    """Names of the package and of its tests that a page writes as code are there."""
+    text = page.read_text()
+    for name in re.findall(r"`(idattn(?:\.\w+)+)", text):
+        pkgutil.resolve_name(name)
+    for file in re.findall(r"`((?:idattn|tests|launch|configs|results)/[\w/.]+\.\w+)", text):
+        assert "NAME" in file or (ROOT / file).is_file(), file
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), name
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
