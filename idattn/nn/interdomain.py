@@ -17,13 +17,14 @@ from idattn.nn.ssm import SSMMixer
 class InterdomainAttention(SSMMixer):
     """The paper's layer by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
 
+    The arguments from `num_modes` to `norm_bias_init` are the fields of `idattn.config.SSMConfig`.
+
     Args:
       model_dim: D.
       num_heads: H, a divisor of D; heads are D / H wide.
       rngs: the stream `params` is used.
       rope: rotary positions on queries and keys.
       compute: backend and chunk size; the dtype is that of the input.
-      num_modes, ..., norm_bias_init: the fields of `idattn.config.SSMConfig`.
 
     Raises:
       ValueError: sizes do not divide, or an option is unknown.
