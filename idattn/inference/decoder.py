@@ -322,7 +322,7 @@ class Decoder:
 
         split = (jnp.moveaxis(x.reshape(B, parts, -1, *x.shape[2:]), 1, 0) for x in (previous, tokens))
         log_probs, is_best = (jnp.moveaxis(x, 0, 1).reshape(B, T) for x in jax.lax.map(score_part, tuple(split)))
-        counts = (segment_ids != PADDING) & ((context.length[:, None] > 0) | (jnp.arange(T) > 0))
+        counts = (segment_ids != PADDING) & ((context.length[:, None] > 0) | (jnp.arange(T)[None] > 0))
         return jnp.where(counts, log_probs, 0), is_best & counts, after
 
     def _logits(self, params, hidden):

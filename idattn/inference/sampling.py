@@ -92,7 +92,7 @@ def sample(logits: jax.Array, settings: Sampling, seen: jax.Array, length: jax.A
     penalty, temperature = settings.repetition_penalty[:, None], settings.temperature[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     logits = jnp.minimum(logits, jnp.finfo(logits.dtype).max)  # a penalty near 0 overflows
-    logits = jnp.where(jnp.arange(logits.shape[1]) < settings.num_ids[:, None], logits, -jnp.inf)
+    logits = jnp.where(jnp.arange(logits.shape[1])[None] < settings.num_ids[:, None], logits, -jnp.inf)
     greedy = jnp.argmax(logits, axis=-1)
     # The most likely token is at 0 for every temperature: where a quotient overflows, it is another token's, to -inf.
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -111,7 +111,7 @@ def _keep_likely(logits: jax.Array, settings: Sampling) -> jax.Array:
     V = logits.shape[1]
     descending = jnp.sort(logits, axis=-1, descending=True)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, V)[:, None]
-    descending = jnp.where(jnp.arange(V) < top_k, descending, -jnp.inf)
+    descending = jnp.where(jnp.arange(V)[None] < top_k, descending, -jnp.inf)
     p = jax.nn.softmax(descending, axis=-1)
     kept = (jnp.cumsum(p, axis=-1) - p < settings.top_p[:, None]) & (descending > -jnp.inf)
     least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)

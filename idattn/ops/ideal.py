@@ -88,8 +88,13 @@ def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Ar
     at_nodes = np.polynomial.legendre.legvander(nodes, num_modes - 1)  # (nodes, M)
     weights = 1 / (at_nodes**2 @ (2 * degrees + 1))  # as Christoffel numbers, a hundredfold more accurate
     step = 1 / (position.astype(dtype) + 1)
-    shift = -step[..., None] * jnp.asarray(nodes + 1, dtype)  # x' - x
-    moved = jnp.asarray(nodes, dtype) + shift
+    lead = [1] * position.ndim
+
+    def constant(x, *shape):
+        return jnp.asarray(x, dtype).reshape(*lead, *shape)
+
+    shift = -step[..., None] * constant(nodes + 1, -1)  # x' - x
+    moved = constant(nodes, -1) + shift
 
     def higher(differences, degree):  # Bonnet's recursion
         before, this = differences
@@ -98,11 +103,12 @@ def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Ar
         return (this, following), this
 
     zero = jnp.zeros_like(shift)
-    _, differences = jax.lax.scan(higher, (zero, zero), (jnp.asarray(degrees, dtype), jnp.asarray(at_nodes.T, dtype)))
+    polynomials = jnp.asarray(at_nodes.T, dtype).reshape(num_modes, *lead, -1)
+    _, differences = jax.lax.scan(higher, (zero, zero), (jnp.asarray(degrees, dtype), polynomials))
     norms = np.sqrt(2 * degrees + 1)
     onto = jnp.asarray(weights[:, None] * at_nodes * norms, dtype)
-    product = jnp.einsum("n...i,ik->...nk", differences, onto, precision="highest") * jnp.asarray(norms, dtype)[:, None]
-    step, eye = step[..., None, None], jnp.eye(num_modes, dtype=dtype)
+    product = jnp.einsum("n...i,ik->...nk", differences, onto, precision="highest") * constant(norms, -1, 1)
+    step, eye = step[..., None, None], constant(np.eye(num_modes), num_modes, num_modes)
     return jnp.where(position[..., None, None] == 0, -eye, (1 - step) * jnp.tril(product) - step * eye)
 
 
