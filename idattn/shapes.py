@@ -25,5 +25,5 @@ Queries: TypeAlias = Float[Array, "B T H R"]
 Keys: TypeAlias = Float[Array, "B T G R"]
 Values: TypeAlias = Float[Array, "B T G E"]
 Outputs: TypeAlias = Float[Array, "B T H E"]
-State: TypeAlias = Float[Array, "B G W 2*M"]  # the rows of the keys' features before those of the values
+State: TypeAlias = Float[Array, "B G W M2"]  # M2 = 2M; the rows of the keys' features before those of the values
 SegmentIds: TypeAlias = Int[Array, "B T"]

@@ -14,6 +14,7 @@ from jax.extend.backend import clear_backends  # noqa: E402
 from idattn.plan.compiler import load_compiler  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
+jax.config.update("jax_numpy_rank_promotion", "raise")  # users may have it so, and shapes that differ are faults
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

@@ -439,6 +439,22 @@ def test_neither_the_future_nor_another_document_is_read(backend):
         assert (o_late[:, t:] != o[:, t:]).any()
 
 
+@pytest.mark.parametrize("backend", ["recurrent", "fft"])
+def test_forward_mode(backend):
+    """The directional derivative is that of the backward pass; chunked backends refuse, as documented."""
+    _, case, _ = property_case(5)
+    with jax.enable_x64(True):
+        case = cast(case, "float64")
+        direction = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape)), case)
+        function = quick(lambda case: jnp.sum(jnp.sin(attention(backend, None, "transpose")(case)[0])))
+        _, derivative = jax.jvp(function, (case,), (direction,))
+        gradient = jax.grad(function)(case)
+        expected = sum(jnp.vdot(gradient[name], direction[name]) for name in case)
+        helpers.assert_close(derivative, expected, "float64", reduction=PROPERTY_T * 100)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda case: attention("chunkwise", 4, "transpose")(case)[0], (case,), (case,))
+
+
 def test_fft_is_causal_to_tolerance():
     """Later tokens reach earlier outputs by rounding alone, relative to the largest value of the row."""
     _, case, _ = property_case(5)
