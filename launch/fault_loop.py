@@ -44,7 +44,7 @@ def define_flags() -> None:
 
 
 def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
-    """The processes of a run in `workdir`, whose output goes to files beside it."""
+    """The processes of a run in `workdir`, whose output goes to files next to it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

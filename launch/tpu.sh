@@ -11,7 +11,7 @@
 #       Follow the log of the first host; have the run save and exit; give the slice back.
 #
 # --project=PROJECT where gcloud has no default; --dry-run prints the commands and runs none. All hosts must reach the
-# workdir. After a preemption: delete, create, setup and train again, which goes on with the run.
+# workdir. After a preemption: delete, create, setup and train again, which resumes the run.
 
 set -euo pipefail
 

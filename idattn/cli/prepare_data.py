@@ -4,9 +4,9 @@ idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-10BT --tokenize
     --out=data/fineweb-edu
 idattn prepare-data --source=books.jsonl.zst --train_vocab=8192 --out=data/books --validation=0.02
 
-Interrupted, the same command goes on. FineWeb-Edu's samples are sample-10BT, sample-100BT and sample-350BT; default is
-the whole, and NAME@REVISION pins what may change meanwhile. Without a network give --tokenizer=tokenizer.model and
---source=FOLDER with what was copied from where there is one:
+After an interruption, the same command resumes. FineWeb-Edu's samples are sample-10BT, sample-100BT and sample-350BT;
+default is the whole, and NAME@REVISION pins what may change meanwhile. Without a network give
+--tokenizer=tokenizer.model and --source=FOLDER with a copy made where there is one:
 
 hf download HuggingFaceFW/fineweb-edu --repo-type=dataset --include='sample/10BT/*' --local-dir=FOLDER
 
@@ -35,7 +35,7 @@ def define_flags() -> None:
         required=True,
     )
     flags.DEFINE_string("tokenizer", "", "'bytes', a .model or .json file, or OWNER/NAME on the hub.")
-    flags.DEFINE_string("out", None, "Folder to write; a preparation that is there goes on.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; a preparation that is there is resumed.", required=True)
     flags.DEFINE_integer("train_vocab", 0, "Pieces of a SentencePiece BPE to train on the source instead.")
     flags.DEFINE_string("text_field", "text", "Name of the text in objects and rows.")
     flags.DEFINE_float("validation", 0.001, "Share of the documents to validate on, by the hash of their text.")

@@ -1,4 +1,4 @@
-"""Documents of a source: all of them, or in units that can be read apart; and holding some out by name."""
+"""Documents of a source: all of them, or in units that can be read separately; and documents held out by name."""
 
 import difflib
 import hashlib

@@ -1,4 +1,4 @@
-"""What the states of a model remember: each head's w(i, j), how sharply it points, and the eigenvalues behind it.
+"""What the states of a model remember: each head's w(i, j), its resolution, and the eigenvalues that make it.
 
 Written out, a mixer that queries read is linear attention whose scores reach more than their own values,
 

@@ -34,7 +34,7 @@ def draw_signal(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> 
 def error_by_modes(signal: str, modes: Sequence[int], *, T: int = 256, seed: int = 0) -> np.ndarray:
     """The error of eq. 8's numerator with M modes, against all of the past with the same features.
 
-    Keys and values (T, 4) are the signal, 64 queries behind its last token are normal, there are 64 positive features.
+    Keys and values (T, 4) are the signal. 64 queries after its last token are normal. There are 64 positive features.
     The denominator has no error.
 
     Args:
@@ -81,7 +81,7 @@ def error_by_features(
     Args:
       features: "positive" or "fourier".
       counts: numbers R.
-      T: tokens, and queries behind them.
+      T: tokens, and queries after them.
       draws: of everything random, over which medians and shares are taken.
       seed: of the first draw.
     """

@@ -116,7 +116,7 @@ def lengths(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def passkey(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """The share of numbers found in prompts of each length."""
+    """The share of numbers that are recalled in prompts of each length."""
     tests = {str(n): recall.passkey(subject.tokenizer, n, settings.limit, seed=settings.seed) for n in settings.lengths}
     return recalled(subject, settings, tests)
 

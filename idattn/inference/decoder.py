@@ -5,9 +5,9 @@
     tokens, context, active = decoder.decode(context, decoder.sampling(B, temperature=0.8), num_tokens=32)
     log_probs, is_best, context = decoder.score(tokens, lengths)  # of every token given those before it
 
-Everything takes and returns batches of B rows. A `Context` holds all that a row's next token depends on: pass it on to
-read or write more, `fork` it to go on in several ways; `idattn.inference.files` keeps it on disk. `prefill`, `score`
-and `decode` give up the context that they are given, whose memory they reuse.
+Everything takes and returns batches of B rows. A `Context` holds all that a row's next token depends on. Pass it to the
+next call to read or write more, or `fork` it to continue it in several ways. `idattn.inference.files` stores it on
+disk. `prefill`, `score` and `decode` donate the context that they are given: they reuse its memory.
 
 Under `jax.set_mesh` (`idattn.sharding`) rows are split over data and fsdp, heads and vocabulary over tensor.
 """
@@ -50,13 +50,13 @@ class Context(NamedTuple):
 class Decoder:
     """A model ready to read and write: weights cast once, each program compiled once.
 
-    Products are computed in `model.compute.dtype`, in which the matrices are kept; norms, states, logits: float32.
+    Matrices are stored, and products computed, in `model.compute.dtype`; norms, states and logits are float32.
 
     Args:
       model: the language model; an abstract one (`nnx.eval_shape`) can be lowered, not run.
       chunk_size: tokens of a row that are read at a time, which bounds the memory.
       block_size: tokens of a row that are written in one call of `decode` at most.
-      state_dtype: what SSM states are kept in between tokens and chunks: "float32", or "bfloat16" for half the memory.
+      state_dtype: of SSM states between tokens and chunks: "float32", or "bfloat16" for half the memory.
       trained_length: tokens of the longest sequence that the model was trained on, for the warning where softmax layers
         go beyond; 0 for no warning.
 
@@ -175,7 +175,7 @@ class Decoder:
 
         Returns:
           tokens (B, num_tokens) int32, -1 where a row was not active; the context; active (B,), rows that did not end.
-          The context of a row that was not active holds tokens that were not returned: only go on with active rows.
+          The context of a row that was not active holds tokens that were not returned: continue active rows only.
 
         Raises:
           ValueError: `num_tokens` is out of its range.
@@ -194,7 +194,7 @@ class Decoder:
         return np.asarray(tokens)[:, :num_tokens], context, np.asarray(active)
 
     def fork(self, context: Context, rows: Sequence[int] | np.ndarray) -> Context:
-        """A new context of these rows of one, which is kept: [0] * 8 goes on from its first row in eight ways."""
+        """A new context of these rows of one, which stays valid: [0] * 8 continues its first row in eight ways."""
         count = context.length.shape[0]
         rows = np.asarray(rows, np.int32)
         if rows.ndim != 1 or rows.size == 0 or rows.min() < 0 or rows.max() >= count:
@@ -202,7 +202,7 @@ class Decoder:
         return self._take(context, rows)
 
     def resize(self, context: Context, max_tokens: int) -> Context:
-        """The context with room for `max_tokens` in the caches of softmax layers; it is kept."""
+        """The context with room for `max_tokens` in the caches of softmax layers; the one given stays valid."""
         return self._resize(context, max_tokens) if self._grows else context
 
     def lower(self, batch_size: int, max_tokens: int = 0, *, device: jax.Device | None = None) -> dict[str, Any]:

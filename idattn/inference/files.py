@@ -74,7 +74,7 @@ def save_context(path: epath.PathLike, context: Context, decoder: Decoder) -> No
 
     Args:
       path: of the file, which is replaced; missing folders are made.
-      context: of `decoder`; it is kept.
+      context: of `decoder`; it stays valid.
       decoder: whose model the file will belong to.
     """
     context = decoder.resize(context, int(np.max(np.asarray(context.length))))

@@ -40,9 +40,9 @@ def make_sampling(
       repetition_penalty: logits of tokens that the row has held are divided by it where positive, multiplied where not
         (Keskar et al. 2019); greater than 0, 1 changes nothing.
       temperature: divides the logits; 0 takes the most likely token.
-      top_k: keep this many most likely tokens (and those as likely as the last of them), 0 to V; 0 keeps all.
-      top_p: of those keep the most likely that together have at least this probability; above 0, 1 keeps all.
-      min_p: keep what is at least this many times as likely as the most likely token, 0 to 1.
+      top_k: sample among this many most likely tokens (and those as likely as the last of them), 0 to V; 0 for all.
+      top_p: of those, among the most likely that together have at least this probability; above 0, 1 for all.
+      min_p: among tokens that are at least this many times as likely as the most likely one, 0 to 1.
       seed: of each row; one number s means s, s + 1, ... What a row's token is drawn by depends on its seed and on how
         many tokens came before it in the row, on nothing else in the batch.
 

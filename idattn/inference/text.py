@@ -42,7 +42,7 @@ def generate(
       decoder: the model.
       prompts: of each row, (T,) integers of any length; at least one token if there is no context.
       num_tokens: to write at most, at least 1.
-      context: what every prompt follows, of one row or of a row for each prompt; it is kept. Then prompts may be empty.
+      context: what every prompt follows, of one row or one for each prompt; it stays valid. Then prompts may be empty.
       stop_tokens: a row ends after the first of these that it writes.
       on_block: called with every block of tokens (B, n), -1 after a row's end; it may return rows (B,) bool to end.
       **sampling: settings of `idattn.inference.sampling.make_sampling`.

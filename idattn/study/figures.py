@@ -39,7 +39,7 @@ def _colours(done: Records) -> dict[str, str]:
 
 
 def _compute(configs: Mapping[Cell, Config], done: Records) -> Figure:
-    """Validation perplexity against 6 N D, as the paper's figure 2: on the way dotted, at the end a mark."""
+    """Validation perplexity against 6 N D, as the paper's figure 2: dotted during training, a marker at the end."""
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel="compute 6 N D, FLOPs", ylabel="validation perplexity", xscale="log", yscale="log")
     for condition, colour in _colours(done).items():

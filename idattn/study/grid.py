@@ -1,4 +1,4 @@
-"""The cells of a study, and the records of what they have shown: one JSON file each, small enough to be kept."""
+"""The cells of a study, and the records of their results: one JSON file each, small enough to be stored."""
 
 import importlib.metadata
 import itertools
@@ -34,7 +34,7 @@ class Study:
     cells: tuple[Cell, ...]
     evaluate: tuple[str, ...]  # flags of `idattn evaluate`
     prepare: tuple[str, ...] = ()  # flags of `idattn prepare-data`, where text is to be prepared
-    is_text: bool = True  # whether validation losses may stand beside the paper's
+    is_text: bool = True  # whether validation losses may stand next to the paper's
 
     def cell(self, text: str) -> Cell:
         """The cell that SCALE,CONDITION,SEED names.

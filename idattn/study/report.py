@@ -57,7 +57,7 @@ def write_report(
       workdir: folder of the study.
       configs: all cells of the study with their configs.
       records: those that are done or failed, as of `read_records`; failed ones are listed and count nowhere else.
-      is_text: whether validation losses may stand beside the paper's.
+      is_text: whether validation losses may stand next to the paper's.
     """
     done = {cell: record for cell, record in records.items() if "error" not in record}
     failed = {str(cell): record["error"] for cell, record in records.items() if cell not in done}

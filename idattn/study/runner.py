@@ -1,4 +1,4 @@
-"""Brings the cells of a study to their records, in processes of their own that can be stopped, killed and shared."""
+"""Runs the cells of a study, each in a process that can be stopped, killed and shared, until its record is there."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def load_study(file: str) -> tuple[Study, dict[Cell, Config]]:
 
 
 class Runner:
-    """Brings cells as far as records, in processes of their own.
+    """Runs cells until their records are there, each in a process.
 
     Args:
       file: of the study.
@@ -76,7 +76,7 @@ class Runner:
                 raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
 
     def finish(self, cell: Cell) -> str:
-        """Train and evaluate a cell as far as it is not yet, and write its record; returns what became of it."""
+        """Train and evaluate a cell as far as that is not done, and write its record; returns the outcome."""
         file, run = record_file(self.workdir / "cells", cell), self.workdir / "runs" / str(cell)
         if self.stopped.is_set():
             return "not begun"
