@@ -40,8 +40,9 @@ def interdomain_attention(
         X_t = Lambda X_{t-1} + B [k_t, v_t]^T,   [U_t, Gamma_t] = C X_t,   o_t = Re(q_t^T U_t^T Gamma_t)
 
     The cost is linear in T. Chunked backends ("auto" among them) have a backward pass written by hand and no forward
-    mode: `jax.jvp`, `jax.linearize` and `jax.hessian` need backend="recurrent" or "fft". Products are computed in the dtype of `q`, accumulated in float32 or better; the state
-    and everything made from `basis` are float32 (float64 if any input is).
+    mode: `jax.jvp`, `jax.linearize` and `jax.hessian` need backend="recurrent" or "fft". Products are computed in the
+    dtype of `q`, accumulated in float32 or better; the state and everything made from `basis` are float32 (float64 if
+    any input is).
 
     Args:
       q: (B, T, H, R) features of the queries, xi(q).
