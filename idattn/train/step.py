@@ -106,7 +106,8 @@ class Trainer:
         good = finite & continues
         new = {"params": params, "opt_state": opt_state}
         old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+        with jax.named_scope("optimizer"):  # one fusion with the update
+            new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
