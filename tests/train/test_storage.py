@@ -114,7 +114,7 @@ def test_a_run_in_a_bucket(bucket, tmp_path, capsys):
     assert loaded[0] == expected[0] == config and loaded[2] == 8
     assert_same_arrays(loaded[1], expected[1])
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "profile",
+        "config.json", "data.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "profile",
     }  # fmt: skip
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     events = [file.read_bytes() for file in sorted((workdir / "tensorboard").iterdir())]
