@@ -10,7 +10,7 @@ the one of `jax.set_mesh`; without one, or with one device, everything here chan
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,10 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # no stub says it is a class
+) -> Mesh:
     """The mesh of a run over all devices, or those given; axes that talk most have the nearest neighbours.
 
     Raises:
@@ -81,8 +84,11 @@ def check_divides(config: Config, mesh: Mesh) -> None:
         )
 
 
-def spec(*dims: str | None) -> PartitionSpec:
-    """How an array with these dimensions is split; None and names without a rule are whole."""
+def spec(*dims: str | None) -> Any:
+    """The PartitionSpec of an array with these dimensions; None and names without a rule are whole.
+
+    Any, since it takes the place of the array in records whose fields are arrays.
+    """
     return PartitionSpec(*(RULES.get(dim or "") or None for dim in dims))
 
 
@@ -146,10 +152,10 @@ def param_specs(variables: nnx.State, *, stacked: bool = False) -> Any:
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """The rows of a batch of `rows` that devices of this process hold."""
     slices = NamedSharding(mesh, spec("B")).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (part,) in slices for row in range(rows)[part]})
+    return sorted({row for index in slices if index is not None for row in range(rows)[index[0]]})
 
 
-def place(mesh: Mesh, batch: dict[str, np.ndarray], rows: list[int], count: int) -> dict[str, jax.Array]:
+def place(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: list[int], count: int) -> dict[str, jax.Array]:
     """A batch of `count` rows on the mesh, from those `rows` of it (ascending) that this process has."""
     sharding = NamedSharding(mesh, spec("B", "T"))
 

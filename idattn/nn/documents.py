@@ -28,7 +28,9 @@ class Documents(NamedTuple):
     @property
     def segments(self) -> Segments | None:
         """The same as the ops take it, inside a shard."""
-        return None if self.run is None else Segments(self.run, self.last[:, 0])
+        if self.run is None or self.last is None:  # both or neither
+            return None
+        return Segments(self.run, self.last[:, 0])
 
     def specs(self) -> "Documents":
         """How the arrays are split."""
@@ -36,7 +38,7 @@ class Documents(NamedTuple):
 
 
 def find_documents(
-    segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, int]
+    segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, ...]
 ) -> tuple[Documents, jax.Array]:
     """The documents of a batch, and the position (B,) that the next token of each row would have.
 

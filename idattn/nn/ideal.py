@@ -46,10 +46,12 @@ class IdealAttention(Mixer):
         in_specs = ((heads,) * 3, spec("H"), documents.specs(), None if memory is None else memories)
         projected = self.query(x), self.key(x), self.value(x)
         core = on_shards(self._attend, in_specs, (heads, memories))
-        o, memory = core(projected, jnp.asarray(frequencies), documents, memory)
-        return self.output(o), memory
+        o, after = core(projected, jnp.asarray(frequencies), documents, memory)
+        return self.output(o), after
 
-    def _attend(self, projected, frequencies, documents: Documents, memory):
+    def _attend(
+        self, projected: tuple[jax.Array, ...], frequencies: jax.Array, documents: Documents, memory: IdealMemory | None
+    ) -> tuple[jax.Array, IdealMemory]:
         """The heads' outputs (B, T, channels), and the memory, for any rows and heads."""
         B, T, _ = projected[0].shape
         ideal, width = self.config.ideal, self.config.head_dim

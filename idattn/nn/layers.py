@@ -38,7 +38,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, num_in) -> (B, T, num_out)."""
         weight = gathered(self.weight[...].astype(x.dtype), self.dims)  # in the smaller dtype
-        return constrain(x @ weight, "B", "T", None if self.dims[1] == "D" else self.dims[1])
+        y = x @ weight  # pyright: ignore[reportOperatorIssue]  # custom_vjp hides what its function returns
+        return constrain(y, "B", "T", None if self.dims[1] == "D" else self.dims[1])
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -101,7 +102,7 @@ class ShortConv(nnx.Module):
         self.bias = param(jnp.zeros(channels), dim)
         self.width = width
 
-    def __call__(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None):
+    def __call__(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None) -> tuple[jax.Array, jax.Array]:
         """The convolved x (B, T, channels), and the tail that the next tokens need.
 
         Args:
@@ -124,7 +125,7 @@ class ShortConv(nnx.Module):
         """The tail after x; arguments as above."""
         before = self.width - 1
         padded, run = self._with_tail(x, tail, segments)
-        if segments is None:
+        if segments is None or run is None:  # both or neither
             return padded[:, x.shape[1] :]
         # The inputs up to the last token that is not padding, without those of other documents.
         index = (segments.last + 1)[:, None] + jnp.arange(before)[None]
@@ -132,7 +133,9 @@ class ShortConv(nnx.Module):
         same = run[rows, index] == run[rows, index[:, -1:]] if before else jnp.ones(index.shape, bool)
         return jnp.where(same[..., None], padded[rows, index], 0)
 
-    def _with_tail(self, x, tail, segments):
+    def _with_tail(
+        self, x: jax.Array, tail: jax.Array | None, segments: Segments | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The tail followed by x, and the runs of both."""
         B, _, channels = x.shape
         before = self.width - 1

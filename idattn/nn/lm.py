@@ -115,7 +115,7 @@ class LanguageModel(nnx.Module):
         """
         embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
         # Its gradient is whole before it is split: else the partitioner gathers what all tokens add to it.
-        embedding = constrain(embedding, "V", None)
+        embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
         x = constrain(embedding[tokens], "B", "T", None)
         start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
         documents, end = find_documents(segment_ids, start, tokens.shape)

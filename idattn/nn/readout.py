@@ -16,7 +16,16 @@ class Readout(Protocol):
     by_query: bool  # whether it reads by queries, from a projection "query" of their own, rather than by c_out
 
     def attend(
-        self, q, k, v, basis: Basis, c_out, state, segments: Segments | None, ssm: SSMConfig, compute: ComputeConfig
+        self,
+        q: jax.Array | None,
+        k: jax.Array,
+        v: jax.Array,
+        basis: Basis,
+        c_out: jax.Array | None,
+        state: jax.Array | None,
+        segments: Segments | None,
+        ssm: SSMConfig,
+        compute: ComputeConfig,
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs (B, T, heads, width) of k (B, T, G, R) and v (B, T, G, E), and the state (B, G, R + E, 2M)."""
         ...
@@ -47,7 +56,8 @@ class QueryReadout:
             return o[:, None], state
         options: Any = dict(segment_ids=segments, initial_state=state, return_state=True, readout=ssm.readout)
         options |= dict(backend=compute.backend, chunk_size=compute.chunk_size)
-        return ops.interdomain_attention(q, k, v, basis, **options)
+        o, state = ops.interdomain_attention(q, k, v, basis, **options)
+        return o, state
 
     def attend_in_block(self, q, basis, c_out, states, layer, block, ssm):
         return blockwise.interdomain(q, basis, states, layer, block, readout=ssm.readout)
@@ -74,7 +84,8 @@ class LinearReadout:
             return y[:, None], state
         options: Any = dict(segment_ids=segments, initial_state=state, return_state=True)
         options |= dict(backend=compute.backend, chunk_size=compute.chunk_size)
-        return ops.linear_readout(z, basis, c_out, **options)
+        y, state = ops.linear_readout(z, basis, c_out, **options)
+        return y, state
 
     def attend_in_block(self, q, basis, c_out, states, layer, block, ssm):
         return blockwise.linear(basis, c_out, states, layer, block)

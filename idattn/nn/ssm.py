@@ -17,7 +17,7 @@ from idattn.nn.documents import Documents, at_last_token, exclusive_scan, halo, 
 from idattn.nn.layers import HeadNorm, Linear, ShortConv, StateBasis, feature_map, param, rotate_positions
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
-from idattn.ops import blockwise
+from idattn.ops import Basis, blockwise
 from idattn.ops.chunks import decay_state
 from idattn.ops.planes import complex_multiply
 from idattn.sharding import is_split, on_shards, param_specs, spec
@@ -83,6 +83,11 @@ class SSMCore(nnx.Module):
         `c_out`.
     """
 
+    key_norm: HeadNorm
+    value_norm: HeadNorm
+    basis: StateBasis
+    c_out: nnx.Param
+
     def __init__(
         self, config: ModelConfig, mixer: "type[SSMMixer]", *, rope: bool, compute: ComputeConfig, **parts: Any
     ):
@@ -112,10 +117,16 @@ class SSMCore(nnx.Module):
         k = self._features(heads["key"], documents.positions, mapped=self.feature_map)  # eq. 10
         k, v = self.key_norm(k), self.value_norm(heads["value"])  # eq. 12
         q = self._features(heads["query"], documents.positions, mapped=True) if self.readout.by_query else None
-        o, memory = self._attend(q, k, v, tails, documents, memory, axis)  # eq. 11, 13
-        return checkpoint_name(o.reshape(B, T, -1), "mixer"), memory
+        o, after = self._attend(q, k, v, tails, documents, memory, axis)  # eq. 11, 13
+        return checkpoint_name(o.reshape(B, T, -1), "mixer"), after
 
-    def _convolve(self, projected, documents, memory, axis):
+    def _convolve(
+        self,
+        projected: dict[str, jax.Array],
+        documents: Documents,
+        memory: SSMMemory | SSMBlockMemory | None,
+        axis: str | None,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The projections, convolved where the mixer does that, and the tails that the next tokens need."""
         convolved, tails = dict(projected), {}
         for name in self.conv_names:
@@ -135,11 +146,21 @@ class SSMCore(nnx.Module):
             x = rotate_positions(x, positions, self.config.rope_base)
         return feature_map(x) if mapped and not after else x
 
-    def _attend(self, q, k, v, tails, documents: Documents, memory, axis):
+    def _attend(
+        self,
+        q: jax.Array | None,
+        k: jax.Array,
+        v: jax.Array,
+        tails: dict[str, jax.Array],
+        documents: Documents,
+        memory: SSMMemory | SSMBlockMemory | None,
+        axis: str | None,
+    ) -> tuple[jax.Array, SSMMemory | SSMBlockMemory]:
         """The state's evolution (eq. 11) and readout (eq. 13): in a block, in a sequence or in a shard of one."""
         basis, ssm = self.basis(), self.config.ssm
         c_out = None if self.readout.by_query else self.c_out[...]
         if isinstance(memory, SSMBlockMemory):
+            assert memory.layer is not None, "the core reads a layer, not a stack"
             block = blockwise.add_token(memory.block, jnp.concatenate([k, v], axis=-1)[:, 0])
             q = None if q is None else q[:, 0]
             o = self.readout.attend_in_block(q, basis, c_out, memory.states, memory.layer, block, ssm)
@@ -150,7 +171,9 @@ class SSMCore(nnx.Module):
         o, state = self.readout.attend(q, k, v, basis, c_out, state, documents.segments, ssm, self.compute)
         return o, at_last_token(SSMMemory(state, tails), documents, axis)
 
-    def _arriving_state(self, k, v, basis, documents: Documents, state, axis: str):
+    def _arriving_state(
+        self, k: jax.Array, v: jax.Array, basis: Basis, documents: Documents, state: jax.Array | None, axis: str
+    ) -> jax.Array:
         """The state at the start of a shard, of the document that continues there."""
         segments, size = documents.segments, self.compute.chunk_size
         decay, increment = ops.transfer((k, v), basis, segment_ids=segments, chunk_size=size)
@@ -181,10 +204,10 @@ class SSMMixer(Mixer):
         self.config = config
         D, G, R, ssm = config.model_dim, config.num_kv_heads, config.head_dim, config.ssm
 
-        def projection(width, dim):
+        def projection(width: int, dim: str) -> Linear:
             return Linear(D, width, ("D", dim), std=config.init_std, rngs=rngs)
 
-        def norm():
+        def norm() -> HeadNorm:
             return HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
 
         # In this order, since each takes its random numbers from the same stream.

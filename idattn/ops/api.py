@@ -1,6 +1,8 @@
 """The public functions of the layer's core: what they take and return, their checks, and the choice of a backend."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from absl import logging
 
 from idattn.choices import READOUTS, check_choice
 from idattn.ops import chunks, chunkwise, fft, pallas_tpu, recurrent
-from idattn.ops.backend import Backend
+from idattn.ops.backend import Backend, Rule
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, output_matrices
 from idattn.ops.planes import flatten_planes, real_part_row
 from idattn.ops.segments import Segments, find_segments
@@ -96,7 +98,10 @@ def interdomain_attention(
         requirement = chosen.requirement(q, k, v, M, size, dtype)
         if requirement:
             raise ValueError(f"backend={chosen.name!r} needs {requirement}; change that, or use backend='chunkwise'.")
-        rule = _by_platform(chosen, q, k, v, M, size, dtype) if backend == AUTO else chosen.rule
+        assert chosen.rule is not None, "a backend without `interdomain` has `rule`"
+        rule = chosen.rule
+        if backend == AUTO:
+            rule = _by_platform(chosen.name, rule, q, k, v, M, size, dtype)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
 
@@ -255,19 +260,25 @@ def _find_backend(backend: str | Backend) -> Backend:
     return chunkwise.BACKEND if backend == AUTO else BACKENDS[backend]
 
 
-def _by_platform(default: Backend, q, k, v, M: int, chunk_size: int, dtype) -> chunks.Rule:
-    """The rule of `default` but where a backend that prefers the platform that is compiled for can do it."""
-    rules, refused = {}, []
+def _by_platform(
+    default: str, rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, M: int, chunk_size: int, dtype: jnp.dtype
+) -> Rule:
+    """The rule of the backend `default` but where one that prefers the platform that is compiled for can do it."""
+    rules: dict[str, Rule] = {}
+    chosen, refused = [], []
     for backend in BACKENDS.values():
+        if backend.rule is None:
+            continue
         requirement = backend.requirement(q, k, v, M, chunk_size, dtype)
-        for platform in () if backend.rule is None else backend.platforms:
+        for platform in backend.platforms:
             if requirement:
                 refused.append(f"on {platform} not {backend.name}, which needs {requirement}")
-            else:
-                rules.setdefault(platform, backend)
-    chosen = [f"{backend.name} on {platform}" for platform, backend in rules.items()]
-    _log_once("interdomain_attention: backend='auto' takes " + "; ".join([*chosen, f"{default.name} else", *refused]))
-    return tuple(_switch({name: x.rule[i] for name, x in rules.items()}, default.rule[i]) for i in (0, 1))
+            elif platform not in rules:
+                rules[platform] = backend.rule
+                chosen.append(f"{backend.name} on {platform}")
+    _log_once("interdomain_attention: backend='auto' takes " + "; ".join([*chosen, f"{default} else", *refused]))
+    forward = _switch({platform: x[0] for platform, x in rules.items()}, rule[0])
+    return forward, _switch({platform: x[1] for platform, x in rules.items()}, rule[1])
 
 
 @functools.cache
@@ -275,7 +286,7 @@ def _log_once(message: str) -> None:
     logging.info(message)
 
 
-def _switch(functions, default):
+def _switch(functions: dict[str, Callable[..., Any]], default: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is that of the platform which is compiled for, or the default."""
     if not functions:
         return default
@@ -320,7 +331,7 @@ def _check_basis(basis: Basis, G: int) -> int:
     return M
 
 
-def _check_state(state: jax.Array | None, shape: tuple[int, ...], dtype) -> jax.Array:
+def _check_state(state: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     if state is None:
         return jnp.zeros(shape, dtype)
     _check_shape("the state", state, shape, "B, G, width of [k, v], 2M (real parts, imaginary parts)")
@@ -337,11 +348,11 @@ def _check_segments(segment_ids: jax.Array | Segments | None, B: int, T: int) ->
     return segment_ids if isinstance(segment_ids, Segments) else find_segments(segment_ids)
 
 
-def _state_dtype(basis: Basis, *inputs: jax.Array):
+def _state_dtype(basis: Basis, *inputs: jax.Array) -> jnp.dtype:
     return jnp.result_type(jnp.float32, basis.log_delta.dtype, *(x.dtype for x in inputs))
 
 
-def _cast(basis: Basis, dtype) -> Basis:
+def _cast(basis: Basis, dtype: jnp.dtype) -> Basis:
     """The basis in the state's dtype; complex parts keep their kind."""
     return jax.tree.map(
         lambda x: x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype), basis

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_CHUNK_SIZE = 128
+Rule = tuple[Callable[..., Any], Callable[..., Any]]  # (forward, backward), see `idattn.ops.chunks._attend`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Backend:
     """
 
     name: str
-    rule: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    rule: Rule | None = None
     interdomain: Callable[..., Any] | None = None
     linear: Callable[..., Any] | None = None
     platforms: tuple[str, ...] = ()

@@ -17,19 +17,18 @@ their own, which JAX carries on to the parameters. Between the two only the inpu
 both passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from idattn.ops.backend import Rule
 from idattn.ops.discretize import Basis, discretize, output_matrices
 from idattn.ops.einsum import einsum_f32
 from idattn.ops.planes import complex_multiply, flatten_planes, powers, real_part_row, to_planes
 from idattn.ops.segments import PADDING, Segments
-
-Rule = tuple[Callable[..., Any], Callable[..., Any]]  # (forward, backward), see `_attend`
 
 
 class Tables(NamedTuple):
@@ -41,6 +40,13 @@ class Tables(NamedTuple):
     spread: jax.Array  # readout beta lambda^l: what a score adds to the w of l tokens later, (G, K, 2M)
 
 
+class LagTables(NamedTuple):
+    """Those of `Tables` that do not depend on how the state is read."""
+
+    lags: jax.Array  # beta lambda^l, l = 0..K-1, (G, K, 2M)
+    decays: jax.Array  # lambda^{t+1}, t = 0..K-1, (G, K, 2, M)
+
+
 def make_tables(basis: Basis, K: int, readout: str) -> Tables:
     """The tables of chunks of K tokens; readout as in `idattn.ops.interdomain_attention`."""
     to_u, to_w = output_matrices(basis, readout)
@@ -49,11 +55,11 @@ def make_tables(basis: Basis, K: int, readout: str) -> Tables:
     return Tables(lags, decays, matrix, jnp.einsum("gom,glm->glo", matrix, lags, precision="highest"))
 
 
-def lag_tables(basis: Basis, K: int) -> tuple[jax.Array, jax.Array]:
-    """beta lambda^l (G, K, 2M) for l = 0..K-1, and lambda^{t+1} (G, K, 2, M) for t = 0..K-1."""
+def lag_tables(basis: Basis, K: int) -> LagTables:
+    """The tables of chunks of K tokens that every readout has."""
     lam, beta = discretize(basis)
     table = jnp.moveaxis(powers(lam, K), 0, 1)  # (G, K + 1, 2, M)
-    return flatten_planes(complex_multiply(beta[:, None], table[:, :K])), table[:, 1:]
+    return LagTables(flatten_planes(complex_multiply(beta[:, None], table[:, :K])), table[:, 1:])
 
 
 def decay_state(decay: jax.Array, state: jax.Array) -> jax.Array:
@@ -61,7 +67,9 @@ def decay_state(decay: jax.Array, state: jax.Array) -> jax.Array:
     return flatten_planes(complex_multiply(decay[..., None, :, :], to_planes(state)))
 
 
-def pad_to_chunks(arrays: tuple[jax.Array, ...], segments: Segments | None, K: int):
+def pad_to_chunks(
+    arrays: tuple[jax.Array, ...], segments: Segments | None, K: int
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Arrays (B, T, ...) with T padded to a multiple of K, and the run of every token, (B, T) int32.
 
     The run is -1 at padding, whose values become 0 whatever they hold (NaN included); it is None where every row
@@ -82,7 +90,18 @@ def last_tokens(segments: Segments | None, B: int, T: int) -> jax.Array:
     return jnp.full((B,), T - 1, jnp.int32) if segments is None else segments.last
 
 
-def interdomain(q, k, v, basis, initial_state, segments: Segments | None, *, readout: str, chunk_size: int, rule: Rule):
+def interdomain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    basis: Basis,
+    initial_state: jax.Array | None,
+    segments: Segments | None,
+    *,
+    readout: str,
+    chunk_size: int,
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array]:
     """Eq. 11 and 13 in chunks; shapes as in `idattn.ops.interdomain_attention`.
 
     Args:
@@ -94,12 +113,13 @@ def interdomain(q, k, v, basis, initial_state, segments: Segments | None, *, rea
     tables = make_tables(basis, K, readout)
     last = last_tokens(segments, B, T)
     (q, k, v), run = pad_to_chunks((q, k, v), segments, K)
-    o, start = _attend(rule, q, k, v, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    outputs = _attend(rule, q, k, v, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    o, start = outputs  # pyright: ignore[reportGeneralTypeIssues]  # custom_vjp hides what its function returns
     initial_state = zero_state(k, v, tables) if initial_state is None else initial_state
-    return o[:, :T], final_state((k, v), start, tables.lags, tables.decays, initial_state, run, last)
+    return o[:, :T], final_state((k, v), start, tables, initial_state, run, last)
 
 
-def zero_state(k, v, tables: Tables) -> jax.Array:
+def zero_state(k: jax.Array, v: jax.Array, tables: Tables) -> jax.Array:
     """(B, G, R + E, 2M) for keys (B, T, G, R) and values (B, T, G, E)."""
     B, _, G, R = k.shape
     return jnp.zeros((B, G, R + v.shape[-1], tables.lags.shape[-1]), tables.lags.dtype)
@@ -127,7 +147,14 @@ def _attend_backward(rule: Rule, inputs, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def final_state(inputs, start, lags, decays, initial_state, run, last) -> jax.Array:
+def final_state(
+    inputs: Sequence[jax.Array],
+    start: jax.Array,
+    tables: Tables | LagTables,
+    initial_state: jax.Array,
+    run: jax.Array | None,
+    last: jax.Array,
+) -> jax.Array:
     """The state after each row's last token that is not padding, in the shape of `initial_state`.
 
     Args:
@@ -136,19 +163,19 @@ def final_state(inputs, start, lags, decays, initial_state, run, last) -> jax.Ar
       run: (B, T) or None.
       last: (B,) index of the last token, -1 where there is none: then the state is the initial one.
     """
-    B, K = last.shape[0], lags.shape[1]
+    B, K = last.shape[0], tables.lags.shape[1]
     first, offset = jnp.maximum(last, 0) // K * K, jnp.maximum(last, 0) % K
     chunk = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=K))
     z = jnp.concatenate([chunk(x, first) for x in inputs], axis=-1)  # (B, K, G, W)
     lag = offset[:, None] - jnp.arange(K)[None]  # from each token of the chunk to the last one, (B, K)
     in_state = lag >= 0
-    decayed = decay_state(decays[:, offset].swapaxes(0, 1), start)
+    decayed = decay_state(tables.decays[:, offset].swapaxes(0, 1), start)
     if run is not None:
         runs = chunk(run, first)
         last_run = runs[jnp.arange(B), offset]
         run_before = jnp.where(first == 0, 0, run[jnp.arange(B), first - 1])
         in_state &= runs == last_run[:, None]
         decayed = jnp.where((last_run == run_before)[:, None, None, None], decayed, 0)
-    weights = jnp.where(in_state[None, ..., None], lags[:, jnp.maximum(lag, 0)], 0)  # (G, B, K, 2M)
+    weights = jnp.where(in_state[None, ..., None], tables.lags[:, jnp.maximum(lag, 0)], 0)  # (G, B, K, 2M)
     state = decayed + einsum_f32("gbsm,bsgw->bgwm", weights, z, z.dtype)
     return jnp.where((last >= 0)[:, None, None, None], state, initial_state)

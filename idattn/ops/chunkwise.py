@@ -5,14 +5,16 @@ J = H / G, modes as 2M flattened planes, states as rows (..., G, W, 2M). `_skew`
 tokens s to lags l = t - s and back: it is its own inverse on lower triangles, and its own transpose.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from idattn.ops.backend import Backend
 from idattn.ops.chunks import (
+    LagTables,
     Tables,
     decay_state,
     final_state,
@@ -25,6 +27,8 @@ from idattn.ops.discretize import Basis, discretize, linear_readout_row
 from idattn.ops.einsum import einsum_f32
 from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, power, to_planes
 from idattn.ops.segments import PADDING, Segments
+
+Scan = Callable[..., tuple[jax.Array, jax.Array]]  # as `sequential_scan`
 
 GROUP = 16  # chunks worked on at the same time: enough to fill a processor, few enough to bound the memory
 
@@ -49,7 +53,9 @@ class _Read(NamedTuple):
     weights: jax.Array  # P[t, s], width K
 
 
-def sequential_scan(decay, increments, continues, first):
+def sequential_scan(
+    decay: jax.Array, increments: jax.Array, continues: jax.Array | None, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """before_{n+1} = continues_n decay before_n + increment_n with before_0 = first, one chunk after another.
 
     Args:
@@ -71,7 +77,9 @@ def sequential_scan(decay, increments, continues, first):
     return before, after
 
 
-def associative_scan(decay, increments, continues, first):
+def associative_scan(
+    decay: jax.Array, increments: jax.Array, continues: jax.Array | None, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """What `sequential_scan` returns, in a depth of log N instead of N."""
     decay = jnp.broadcast_to(decay, (*increments.shape[:2], *decay.shape))
     decay = decay if continues is None else jnp.where(continues, decay, 0)
@@ -84,7 +92,9 @@ def associative_scan(decay, increments, continues, first):
     return jnp.concatenate([first[None], after[:-1]]), after[-1]
 
 
-def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=sequential_scan, group=GROUP):
+def forward(
+    q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan: Scan = sequential_scan, group: int | None = GROUP
+):
     """Outputs and the state at the start of `last_chunk`; see `idattn.ops.chunks`.
 
     Args:
@@ -113,7 +123,19 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan=seq
     return _ungroup(o, q), last_start
 
 
-def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, scan=sequential_scan, group=GROUP):
+def backward(
+    q,
+    k,
+    v,
+    tables: Tables,
+    initial_state,
+    run,
+    last_chunk,
+    cotangents,
+    *,
+    scan: Scan = sequential_scan,
+    group: int | None = GROUP,
+):
     """The cotangents of q, k, v, tables and initial_state; the forward pass is recomputed from these."""
     d_o, d_last = cotangents
     G, R, dtype = *k.shape[2:], q.dtype
@@ -185,13 +207,22 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
     return d_q, d_k, d_v, d_tables, None if initial_state is None else d_state
 
 
-def linear(z, basis, c_out, initial_state, segments: Segments | None, *, chunk_size, scan=sequential_scan):
+def linear(
+    z: jax.Array,
+    basis: Basis,
+    c_out: jax.Array,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    *,
+    chunk_size: int,
+    scan: Scan = sequential_scan,
+) -> tuple[jax.Array, jax.Array]:
     """The learned linear readout in chunks: one real convolution kernel a head, h(l) = Re(c_out^T C beta lambda^l).
 
     Shapes as in `idattn.ops.linear_readout`.
     """
     B, T = z.shape[:2]
-    tables = Tables(*lag_tables(basis, chunk_size), None, None)
+    tables = lag_tables(basis, chunk_size)
     last = last_tokens(segments, B, T)
     (z,), run = pad_to_chunks((z,), segments, chunk_size)
     masks = _find_masks(run, tables)
@@ -200,13 +231,15 @@ def linear(z, basis, c_out, initial_state, segments: Segments | None, *, chunk_s
     starts, _ = _states(in_end, tables, initial_state, masks, scan)
     y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, linear_readout_row(basis, c_out), masks)
     start = starts[jnp.maximum(last, 0) // chunk_size, jnp.arange(B)]
-    return _join(y)[:, :T], final_state((z,), start, tables.lags, tables.decays, initial_state, run, last)
+    return _join(y)[:, :T], final_state((z,), start, tables, initial_state, run, last)
 
 
-def transfer(inputs, basis: Basis, segments: Segments | None, *, chunk_size, group=GROUP):
+def transfer(
+    inputs: tuple[jax.Array, ...], basis: Basis, segments: Segments | None, *, chunk_size: int, group: int = GROUP
+) -> tuple[jax.Array, jax.Array]:
     """How tokens change a state, X after them = decay X before + increment; see `idattn.ops.transfer`."""
     B, T, G = inputs[0].shape[:3]
-    tables = Tables(*lag_tables(basis, chunk_size), None, None)
+    tables = lag_tables(basis, chunk_size)
     last = last_tokens(segments, B, T)
     inputs, run = pad_to_chunks(inputs, segments, chunk_size)
     (*arrays, runs), count = _groups(inputs, run, tables, group)
@@ -224,7 +257,7 @@ def transfer(inputs, basis: Basis, segments: Segments | None, *, chunk_size, gro
         return (end, last_start + jnp.sum(jnp.where(is_last, starts, 0), axis=0)), None
 
     (_, start), _ = jax.lax.scan(body, (zero, zero), (jnp.arange(count), *arrays, runs))
-    increment = final_state(inputs, start, tables.lags, tables.decays, zero, run, last)
+    increment = final_state(inputs, start, tables, zero, run, last)
     decay = power(discretize(basis)[0], last + 1, T)
     if run is not None:
         continues = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
@@ -232,7 +265,9 @@ def transfer(inputs, basis: Basis, segments: Segments | None, *, chunk_size, gro
     return decay, increment
 
 
-def _groups(arrays, run: jax.Array | None, tables: Tables, group: int | None):
+def _groups(
+    arrays: Sequence[jax.Array], run: jax.Array | None, tables: Tables | LagTables, group: int | None
+) -> tuple[tuple[Any, ...], int]:
     """Arrays and runs (B, T, ...) as (groups, B, tokens of a group, ...), padded at the end; and how many groups."""
     B, T = arrays[0].shape[:2]
     K = tables.lags.shape[1]
@@ -256,7 +291,7 @@ def _ungroup(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]]
 
 
-def _split(x: jax.Array, tables: Tables) -> jax.Array:
+def _split(x: jax.Array, tables: Tables | LagTables) -> jax.Array:
     """(B, T, G, width) in chunks (B, G, N, K, width)."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, tables.lags.shape[1], *x.shape[2:]), 3, 1)
 
@@ -277,7 +312,7 @@ def _join_queries(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * K, G * J, width)
 
 
-def _find_masks(run: jax.Array | None, tables: Tables) -> _Masks | None:
+def _find_masks(run: jax.Array | None, tables: Tables | LagTables) -> _Masks | None:
     if run is None:
         return None
     run = run.reshape(run.shape[0], -1, tables.lags.shape[1])
@@ -293,7 +328,7 @@ def _find_masks(run: jax.Array | None, tables: Tables) -> _Masks | None:
     )
 
 
-def _is_last(index, last_chunk: jax.Array, starts: jax.Array) -> jax.Array:
+def _is_last(index: jax.Array, last_chunk: jax.Array, starts: jax.Array) -> jax.Array:
     """Which chunks of group `index` are their row's `last_chunk`, (N, B, 1, 1, 1)."""
     N = starts.shape[0]
     return (index * N + jnp.arange(N)[:, None] == last_chunk[None])[..., None, None, None]
@@ -326,13 +361,15 @@ def _skew(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], K, 2 * K - 1)[..., :K]
 
 
-def _states(z, tables: Tables, first, masks: _Masks | None, scan) -> tuple[jax.Array, jax.Array]:
+def _states(
+    z: jax.Array, tables: Tables | LagTables, first: jax.Array, masks: _Masks | None, scan: Scan
+) -> tuple[jax.Array, jax.Array]:
     """The states at the chunks' starts, (N, B, G, W, 2M), and after the last, from what the tokens add."""
     increments = einsum_f32("bgnsw,gsm->nbgwm", z, tables.lags[:, ::-1], z.dtype).astype(first.dtype)
     return scan(tables.decays[:, -1], increments, None if masks is None else masks.continues, first)
 
 
-def _read(q, k, X_k, tables: Tables, masks: _Masks | None) -> _Read:
+def _read(q: jax.Array, k: jax.Array, X_k: jax.Array, tables: Tables, masks: _Masks | None) -> _Read:
     dtype = q.dtype
     scores = _skew(_within(einsum_f32("bgnjtr,bgnsr->bgnjts", q, k, dtype), masks))
     response = einsum_f32("bgnjtr,nbgrm->bgnjtm", q, X_k, dtype)
@@ -344,7 +381,7 @@ def _read(q, k, X_k, tables: Tables, masks: _Masks | None) -> _Read:
     return _Read(scores, response, decayed_response, w, decayed_w, weights)
 
 
-def _convolve(z, starts, tables: Tables, row, masks: _Masks | None) -> jax.Array:
+def _convolve(z: jax.Array, starts: jax.Array, tables: LagTables, row: jax.Array, masks: _Masks | None) -> jax.Array:
     """y (B, G, N, K, W) from z (B, G, N, K, W), the chunks' start states and c_out^T C, row (G, 2M)."""
     dtype = z.dtype
     K = z.shape[3]

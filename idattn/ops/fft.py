@@ -10,11 +10,21 @@ import jax.numpy as jnp
 
 from idattn.ops.backend import Backend
 from idattn.ops.chunks import decay_state, lag_tables
-from idattn.ops.discretize import linear_readout_row, output_matrices
+from idattn.ops.discretize import Basis, linear_readout_row, output_matrices
 from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, real_part_row, to_planes
+from idattn.ops.segments import Segments
 
 
-def interdomain(q, k, v, basis, initial_state, segments, *, readout):
+def interdomain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    basis: Basis,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    *,
+    readout: str,
+) -> tuple[jax.Array, jax.Array]:
     """Eq. 11 and 13 with all states X_1 ... X_T formed at once; shapes as in `idattn.ops.interdomain_attention`.
 
         X_t = lambda^{t+1} X^0 + sum_{s<=t} beta lambda^{t-s} [k_s, v_s]^T
@@ -39,7 +49,15 @@ def interdomain(q, k, v, basis, initial_state, segments, *, readout):
     return o.reshape(B, T, H, -1).astype(q.dtype), states[:, -1]
 
 
-def linear(z, basis, c_out, initial_state, segments, *, chunk_size=None):
+def linear(
+    z: jax.Array,
+    basis: Basis,
+    c_out: jax.Array,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The learned linear readout: one kernel h(l) = Re(c_out^T C beta lambda^l) a head, in O(T log T) work.
 
         y_t = Re(c_out^T C lambda^{t+1} X^0) + sum_{s<=t} h(t-s) z_s
@@ -59,7 +77,7 @@ def linear(z, basis, c_out, initial_state, segments, *, chunk_size=None):
     return y.astype(z.dtype), increment + decay_state(decays[None, :, -1], initial_state)
 
 
-def _refuse(segments) -> None:
+def _refuse(segments: Segments | None) -> None:
     if segments is not None:
         raise NotImplementedError(
             "backend='fft' was given segment_ids, and a convolution can neither reset a state nor leave out padding; "

@@ -49,7 +49,7 @@ def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, 
     return np.random.default_rng(seed).standard_normal((*shape, num_features // 2 if pairs else num_features))
 
 
-def random_features(x: jax.Array, frequencies: jax.Array, kind: str) -> jax.Array:
+def random_features(x: jax.Array, frequencies: jax.Array | np.ndarray, kind: str) -> jax.Array:
     """xi(x), for which E[xi(q)^T xi(k)] = exp(-|q - k|^2 / 2) over standard normal frequencies w.
 
     Args:

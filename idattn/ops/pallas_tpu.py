@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
@@ -31,7 +32,7 @@ MERGED = 8  # chunks in a program of the kernel that recomputes the states
 VMEM_BYTES = 56 * 2**20  # of 64 MiB (v5p) or 128 MiB (v5e, v6e)
 
 _requires_tpu = Primitive("requires_tpu")  # 0 when compiled for a TPU, an error when compiled for anything else
-_requires_tpu.def_abstract_eval(lambda: jax.core.ShapedArray((), jnp.int32))
+_requires_tpu.def_abstract_eval(lambda: ShapedArray((), jnp.int32))
 _requires_tpu.def_impl(lambda: jax.jit(_requires_tpu.bind)())
 mlir.register_lowering(
     _requires_tpu, mlir.lower_fun(lambda: jnp.zeros((), jnp.int32), multiple_results=False), platform="tpu"

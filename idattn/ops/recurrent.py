@@ -5,6 +5,7 @@ state at every sqrt(T)-th token and recomputes the others, as the paper's sequen
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,7 +16,16 @@ from idattn.ops.discretize import Basis, discretize
 from idattn.ops.segments import PADDING, Segments
 
 
-def interdomain(q, k, v, basis, initial_state, segments, *, readout):
+def interdomain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    basis: Basis,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    *,
+    readout: str,
+) -> tuple[jax.Array, jax.Array]:
     """Eq. 11 and 13 token by token; shapes as in `idattn.ops.interdomain_attention`."""
     B, T, H, R = q.shape
     G, E = k.shape[2], v.shape[-1]
@@ -36,7 +46,15 @@ def interdomain(q, k, v, basis, initial_state, segments, *, readout):
     return o.astype(q.dtype), state
 
 
-def linear(z, basis, c_out, initial_state, segments, *, chunk_size=None):
+def linear(
+    z: jax.Array,
+    basis: Basis,
+    c_out: jax.Array,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The learned linear readout Re(c_out^T C X_t) token by token; shapes as in `idattn.ops.linear_readout`."""
     c = _complex_c(basis)
 
@@ -55,7 +73,14 @@ def _complex_c(basis: Basis) -> jax.Array:
     return c if c.ndim == 3 else c[..., None] * jnp.eye(M, dtype=c.dtype)[None]
 
 
-def _scan(read, z, basis, initial_state, segments: Segments | None, queries):
+def _scan(
+    read: Callable[..., jax.Array],
+    z: jax.Array,
+    basis: Basis,
+    initial_state: jax.Array,
+    segments: Segments | None,
+    queries: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """X_t = Lambda X_{t-1} + B z_t^T over t, and what `read` makes of every X_t."""
     B, T = z.shape[:2]
     lam, beta = (jax.lax.complex(planes[:, 0], planes[:, 1])[:, :, None] for planes in discretize(basis))

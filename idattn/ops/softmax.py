@@ -46,7 +46,7 @@ def sharded_softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, position
       axis: the mesh axis.
     """
 
-    def gather(x):
+    def gather(x: jax.Array) -> jax.Array:
         return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
     T, k, v = q.shape[1], gather(k), gather(v)
@@ -70,10 +70,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, run: jax.Array | None = Non
     )
     ids = None if run is None else splash_attention_kernel.SegmentIds(run, run)
     q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+    o = jax.vmap(kernel)(q, k, v, ids)
+    assert isinstance(o, jax.Array), "residuals come only where they are asked for"
+    return o.swapaxes(1, 2)
 
 
-def _plain(q, k, v, run):
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, run: jax.Array | None) -> jax.Array:
     if run is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     mask = (run[:, :, None] == run[:, None, :]) & jnp.tri(q.shape[1], dtype=bool)[None]
