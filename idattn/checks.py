@@ -54,7 +54,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}={value!r} must be a tuple, each element {_RULES[element]}.")
         return tuple(_checked(f"{name}[{i}]", x, element) for i, x in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, kind):
             raise ValueError(f"{name}={value!r} must be a {kind.__name__}.")
         return value

@@ -122,7 +122,7 @@ class ModelConfig:
     @classmethod
     def tiny(cls, *mixers: str, **changes: Any) -> "ModelConfig":
         """The smallest model worth testing: two heads, odd sizes, one layer for each mixer of the pattern."""
-        values = dict(
+        values: dict[str, Any] = dict(
             vocab_size=37,
             model_dim=12,
             num_layers=max(2, len(mixers)),
@@ -331,13 +331,11 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
 def _build(section: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping | ConfigDict):
         raise ValueError(f"{path}={values!r} must be a mapping with the settings of {section.__name__}.")
-    fields = {f.name: f for f in dataclasses.fields(section)}
+    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(section)}
     for key in values:
-        check_choice(f"key of {path}", key, fields)
+        check_choice(f"key of {path}", key, kinds)
     arguments = {
-        name: _build(fields[name].type, value, f"{path}.{name}")
-        if dataclasses.is_dataclass(fields[name].type)
-        else value
+        name: _build(kinds[name], value, f"{path}.{name}") if dataclasses.is_dataclass(kinds[name]) else value
         for name, value in values.items()
     }
     try:

@@ -38,6 +38,7 @@ def load_module(name: str) -> ModuleType:
         hint = f"; the one that comes with the package is named {file.stem}" if file.stem in config_names() else ""
         raise FileNotFoundError(f"{name} does not exist{hint}.")
     spec = importlib.util.spec_from_file_location(f"idattn.configs.{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "as of every file that ends with .py"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -21,7 +21,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     model = LanguageModel.abstract(config)
     parts: Counter[str] = Counter()
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        part = path[2] if path[0] == "groups" else path[0]  # groups, block_i, part of the block, ...
+        part = str(path[2] if path[0] == "groups" else path[0])  # groups, block_i, part of the block, ...
         parts["norms" if "norm" in part else part] += math.prod(leaf.shape)
     return {"total": sum(parts.values())} | dict(sorted(parts.items()))
 

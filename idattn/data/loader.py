@@ -289,7 +289,10 @@ class _Batches:
 
 
 def eval_batches(
-    windows: Sequence[TokenWindows], batch_size: int, limit: int, rows: Sequence[int] | None = None
+    windows: Sequence[TokenWindows | Sequence[Batch]],
+    batch_size: int,
+    limit: int,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """One pass over the windows in order, or over an evenly spaced part of them; the same at every call.
 

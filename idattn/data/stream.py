@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from idattn.data import optional
 from idattn.files import commit, read_json, temporary_name
@@ -210,7 +211,8 @@ def _array_record() -> ModuleType:
     return optional.load("array_record.python.array_record_module", "a prepared folder")  # no wheels for Windows
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path | epath.Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        # What etils says that `open` returns has no `readinto`.
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

@@ -137,8 +137,8 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        data_iterator.set_state(restored.data)
-        values = {names[name]: value for name, value in named_leaves(restored.state).items()}
+        data_iterator.set_state(restored["data"])
+        values = {names[name]: value for name, value in named_leaves(restored["state"]).items()}
         return step, jax.tree.map_with_path(lambda path, _: values[leaf_name(path)], abstract_state)
 
     def latest_step(self) -> int | None:
@@ -372,7 +372,7 @@ def _choose(workdir: epath.Path, which: str | int) -> epath.Path:
         losses = {step: _val_loss(metrics) for step, metrics in stored.items()}
         if not any(map(math.isfinite, losses.values())):
             raise FileNotFoundError(f"No checkpoint in {folder} has a validation loss; use which='latest' or a step.")
-        return folder / str(min(losses, key=losses.get))
+        return folder / str(min(losses, key=losses.__getitem__))
     if which not in steps:
         raise ValueError(f"which={which!r} must be 'latest', 'best' or a step of {folder}: {sorted(steps)}.")
     return folder / str(which)

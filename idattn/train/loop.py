@@ -266,8 +266,8 @@ class _Run:
         rows = {}
         if settings.ngram_orders:
             parts = self.train_windows, self.val_windows
-            streams = (np.concatenate([windows.stream[:] for windows in part]) for part in parts)
-            losses = ngram_nats(*streams, self.tokenizer.vocab_size, settings.ngram_orders)
+            train, validation = (np.concatenate([windows.stream[:] for windows in part]) for part in parts)
+            losses = ngram_nats(train, validation, self.tokenizer.vocab_size, settings.ngram_orders)
             result["ngram_losses"] = losses
             rows = {f"{order}-gram": loss for order, loss in enumerate(losses, 1)}
         held_out = ", ".join(self.config.data.holdout) or f"the validation documents of {self.config.data.source}"

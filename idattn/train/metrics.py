@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -91,7 +92,7 @@ def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None =
     records = read_metrics(path)
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="loss (nats per token)")
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "loss": dict(label="training", color="tab:blue", linewidth=1),
         "val_loss": dict(label="validation", color="tab:orange", marker="o", markersize=4),
     }
@@ -111,7 +112,7 @@ def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None =
     return image
 
 
-def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path | epath.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order; a half-written last line is left out."""
     *lines, _half_written = path.read_text().split("\n")
     records = []

@@ -1,5 +1,6 @@
 """AdamW with the SSM group, warm-up and cosine (appendix A.2 of the paper)."""
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import optax
@@ -39,9 +40,9 @@ def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.
       model: a module, abstract or real.
     """
 
-    def tree_of(function):
+    def tree_of(function: Callable[[nnx.Variable], Any]) -> dict[Any, Any]:
         variables = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        nested: dict[str, Any] = {}
+        nested: dict[Any, Any] = {}
         for path, variable in variables:
             node = nested
             for key in path[:-1]:
@@ -49,7 +50,7 @@ def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.
             node[path[-1]] = function(variable)
         return nested
 
-    rates = {
+    rates: dict[Hashable, optax.GradientTransformation] = {
         "ssm": optax.scale_by_learning_rate(learning_rate(config, steps, ssm=True)),
         "other": optax.scale_by_learning_rate(learning_rate(config, steps)),
     }
