@@ -6,18 +6,18 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """Figures of one jax device: a whole chip, but for TPU v3 and TPU7x, where it is one of the chip's two TensorCores.
 
-    Those that only a planner needs are None for chips that nothing is planned for.
+    Those that only a planner needs are 0 for chips that nothing is planned for.
     """
 
     kinds: tuple[str, ...]  # jax.Device.device_kind
     flops: float  # a second, dense, bfloat16; float16 for T4 and V100, which have no bfloat16
-    hbm_gib: float | None = None
-    hbm_bytes: float | None = None  # a second
-    link_bytes: float | None = None  # a second, one way, all links together
-    clock: float | None = None  # cycles a second
-    cores: int | None = None  # TensorCores that work on one program
-    mxus: int | None = None  # arrays of a core
-    mxu_width: int | None = None
+    hbm_gib: float = 0
+    hbm_bytes: float = 0  # a second
+    link_bytes: float = 0  # a second, one way, all links together
+    clock: float = 0  # cycles a second
+    cores: int = 0  # TensorCores that work on one program
+    mxus: int = 0  # arrays of a core
+    mxu_width: int = 0
 
 
 # Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets of each GPU, which mostly state

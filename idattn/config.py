@@ -318,7 +318,7 @@ def to_config_dict(config: Config) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(config)).lock()
 
 
-def from_config_dict(values: Mapping[str, Any]) -> Config:
+def from_config_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
     """A checked Config from a ConfigDict or nested dict.
 
     Raises:

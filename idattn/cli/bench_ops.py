@@ -97,20 +97,26 @@ def best_time(compiled, *arguments) -> float:
     return min(times)
 
 
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None, "CPUs, GPUs and TPUs report it"
+    return memory.temp_size_in_bytes
+
+
 def measure(function, g, arguments) -> dict[str, float]:
     """Seconds of the forward pass and of both, and bytes of temporary memory of both."""
     if FLAGS.topology:
         compiled = compile_for(FLAGS.topology, with_gradients(function), g, *arguments)
-        return dict(temp_bytes=compiled.memory_analysis().temp_size_in_bytes)
+        return dict(temp_bytes=temporary_bytes(compiled))
     forward = jax.jit(function).lower(*arguments).compile()
     both = jax.jit(with_gradients(function)).lower(g, *arguments).compile()
     seconds = best_time(forward, *arguments), best_time(both, g, *arguments)
-    return dict(forward=seconds[0], both=seconds[1], temp_bytes=both.memory_analysis().temp_size_in_bytes)
+    return dict(forward=seconds[0], both=seconds[1], temp_bytes=temporary_bytes(both))
 
 
 def candidates(shape, platform: str):
     """Name -> (function, whether it takes the basis), and what was found wrong."""
-    functions = {WRITTEN_OUT: (written_out, False), FLASH: (lambda *x: fused(*x, platform), False)}
+    functions = {WRITTEN_OUT: (written_out, False), FLASH: (lambda *x: fused(*x, platform=platform), False)}
     wrong = []
     for name in FLAGS.backend:
         for chunk_size in FLAGS.chunk_size if name not in ("recurrent", "fft") else [None]:

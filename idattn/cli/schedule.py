@@ -53,7 +53,7 @@ def op(direction: str):
         return interdomain_attention(q, k, v, basis, backend=FLAGS.backend, segment_ids=segment_ids)
 
     def backward(q, k, v, basis, g, segment_ids):
-        return jax.vjp(lambda *x: forward(*x, segment_ids), q, k, v, basis)[1](g)
+        return jax.vjp(lambda *x: forward(*x, segment_ids=segment_ids), q, k, v, basis)[1](g)
 
     return backward if direction == "backward" else lambda q, k, v, basis, g, ids: forward(q, k, v, basis, ids)
 
@@ -72,15 +72,16 @@ def report(name: str, topology: str, direction: str, dump: str) -> dict[str, Any
         total, empty = (n * x.steps / units for n in count_bundles(x, topology, dump))
         mxu = x.mxu_cycles(chip) / units
         rows.append(dict(name=x.name, bundles=total, empty=empty, mxu=mxu, hbm_bytes=x.hbm_bytes))
-    q, k, v, _, g = (x if isinstance(x, tuple) else x.size * x.dtype.itemsize for x in inputs)
+    q, k, v, g = (x.size * x.dtype.itemsize for x in (*inputs[:3], inputs[4]))
     least = q + k + v + g if direction == "forward" else 2 * (q + k + v) + g
     figures = {key: sum(row[key] for row in rows) for key in ("bundles", "empty", "mxu")}
     figures["hbm_ratio"] = sum(row["hbm_bytes"] for row in rows) / least
     if FLAGS.program:
         compiled = compile_for(topology, op(direction), *arguments)
-        memory = compiled.memory_analysis()
+        memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+        assert memory is not None and costs is not None, "the TPU's compiler has both"
         figures |= dict(temp_bytes=memory.temp_size_in_bytes, argument_bytes=memory.argument_size_in_bytes)
-        figures |= dict(output_bytes=memory.output_size_in_bytes, xla_flops=compiled.cost_analysis().get("flops"))
+        figures |= dict(output_bytes=memory.output_size_in_bytes, xla_flops=costs.get("flops"))
     return dict(shape=name, topology=topology, direction=direction, kernels=rows, **figures)
 
 

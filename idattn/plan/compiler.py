@@ -27,7 +27,7 @@ def load_compiler(*, dump_to: str | None = None) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
+def tpu_devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]  # as in `make_mesh`
     """Devices to compile for, which need not be there; the compiler must be loaded."""
     from jax.experimental import topologies
 

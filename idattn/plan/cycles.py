@@ -92,7 +92,8 @@ def _estimate(module: Module, name: str, chip: Chip, kernel_cycles: Callable[[In
         now += cost.cycles
         waits = [finish[key] for key, instruction in ends.items() if instruction == x.name]
         if waits and max(waits) > now:
-            cost += Estimate(Counter(links=max(waits) - now))
+            # Counters count fractions too, which their types do not know.
+            cost += Estimate(Counter(links=max(waits) - now))  # pyright: ignore[reportArgumentType]
             now = max(waits)
         total += cost
     return total
@@ -114,7 +115,7 @@ def _cost(
     if x.kind in ("call", "async-start"):
         return _estimate(module, called("to_apply" if "to_apply=" in x.line else "calls", x), chip, kernel_cycles)
     if kernel_call(x):
-        return Estimate(Counter(kernels=kernel_cycles(x)))
+        return Estimate(Counter(kernels=kernel_cycles(x)))  # pyright: ignore[reportArgumentType]  # as above
     if (cycles := _estimated(x)) is not None:
         return Estimate(Counter({part_of(module, x): cycles}))
     if x.kind.endswith("-start") or _FREE.search(x.line) or exchanged:

@@ -142,7 +142,13 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
         counter, limit = compare.operands
         index, limit = _tuple_index(condition, counter), _constant(condition, limit)
         added = _source(body, results.operands[index]) if index is not None else None
-        if limit and added and added.kind == "add" and index in (_tuple_index(body, x) for x in added.operands):
+        if (
+            index is not None
+            and limit
+            and added
+            and added.kind == "add"
+            and index in (_tuple_index(body, x) for x in added.operands)
+        ):
             step = max(_constant(body, name) or 0 for name in added.operands)
             start = _start(module[computation], loop, index)
             if step and start is not None:

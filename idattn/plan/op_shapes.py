@@ -1,7 +1,7 @@
 """The shapes that the op is measured at: the paper's four scales, and one for a machine without an accelerator."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ def abstract_inputs(shape: OpShape, B: int, T: int, dtype):
     """q, k, v, basis and a cotangent of the outputs as shapes."""
     H, G, R, E, M = shape
     q, k, v, g = (jax.ShapeDtypeStruct((B, T, *s), dtype) for s in ((H, R), (G, R), (G, E), (H, E)))
-    vector, matrix, cube = (jax.ShapeDtypeStruct((G, *(M,) * n), jnp.float32) for n in range(3))
+    parameters: list[Any] = [jax.ShapeDtypeStruct((G, *(M,) * n), jnp.float32) for n in range(3)]  # for arrays
+    vector, matrix, cube = parameters
     return q, k, v, Basis(vector, matrix, matrix, (cube, cube)), g
 
 
@@ -43,11 +44,12 @@ def random_inputs(shape: OpShape, B: int, T: int, dtype, seed: int = 0):
     rng = np.random.default_rng(seed)
     q, k, v, basis, g = jax.tree.map(lambda x: rng.normal(size=x.shape), abstract_inputs(shape, B, T, dtype))
     G, M = shape.G, shape.M
+    c_re, c_im = (jnp.asarray(plane / math.sqrt(32 * M), jnp.float32) for plane in basis.c)
     basis = Basis(
         jnp.asarray(rng.uniform(math.log(1e-3), math.log(1e-1), G), jnp.float32),
         jnp.full((G, M), math.log(0.5), jnp.float32),
         jnp.tile(s4d_inv_frequencies(M), (G, 1)),
-        tuple(jnp.asarray(plane / math.sqrt(32 * M), jnp.float32) for plane in basis.c),
+        (c_re, c_im),
     )
     q, k, v, g = (jnp.asarray(x, dtype) for x in (q / math.sqrt(shape.R), k, v, g))
     return q, k, v, basis, g

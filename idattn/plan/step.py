@@ -60,9 +60,10 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         return figures | {"fits": False, "needed_gib": float(used[1]), "usable_gib": float(used[2])}
-    module = parse(compiled.as_text())
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None, "the TPU's compiler has both"
+    module = parse(text)
     sent = count_collectives(module)
-    memory = compiled.memory_analysis()
     figures |= {
         "fits": True,
         # At the peak; temp_size_in_bytes also counts what is never there at the same time.
