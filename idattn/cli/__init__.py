@@ -131,7 +131,8 @@ def load(name: str):
 def summary(name: str) -> str:
     """The first line of a program's docstring, read without importing the program."""
     spec = importlib.util.find_spec(PROGRAMS[name])
-    return ast.get_docstring(ast.parse(Path(spec.origin).read_text())).partition("\n")[0]
+    assert spec is not None and spec.origin is not None, "a program is a file"
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").partition("\n")[0]
 
 
 def _is_of_user(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """The flag --config=NAME_OR_FILE[:ARGUMENTS] of the programs, whose settings --config.SECTION.NAME=VALUE changes."""
 
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -13,8 +14,8 @@ class _Parser(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         config = load_config(argument).lock()
         for path in (word.partition("=")[0][2:] for word in sys.argv if word.startswith("--config.")):
-            section, (_, *keys) = config, path.split(".")
-            for key in keys:
+            section: Any = config
+            for key in path.split(".")[1:]:
                 check_choice(f"key of {path.removesuffix(f'.{key}')}", key, section)
                 section = section[key]
         return config

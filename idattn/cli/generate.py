@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,7 +111,9 @@ def continue_rows(decoder, tokenizer, context, settings) -> None:
     with open(disk_path(FLAGS.out), "a", encoding="utf-8") if FLAGS.out else nullcontext(sys.stdout) as file:
         for first in tqdm(range(0, len(rows), FLAGS.batch_size), unit="batch", disable=None):
             batch = [row for row in rows[first : first + FLAGS.batch_size] for _ in range(FLAGS.num_samples)]
-            each = {name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS}
+            each: dict[str, Any] = {
+                name: np.array([row.get(name, settings[name]) for row in batch]) for name in SETTINGS
+            }
             each["seed"] = (each["seed"] + np.arange(len(batch)) % FLAGS.num_samples) % 2**31
             prompts = [row["prompt"] for row in batch]
             done = generate_text(

@@ -12,6 +12,7 @@ strength, against its distance (`idattn.evals.blur.Resolution`); half-life and f
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -40,7 +41,7 @@ def plot_start(length: int) -> Figure:
     figure = Figure(figsize=(10, 3.4), dpi=80, layout="constrained")
     axes = figure.subplots(1, len(DELTAS), sharey=True)
     for cell, delta in zip(axes, DELTAS, strict=True):
-        options = dict(c="identity", readout="hermitian", delta_min=delta, delta_max=delta)
+        options: dict[str, Any] = dict(c="identity", readout="hermitian", delta_min=delta, delta_max=delta)
         layer = InterdomainAttention(M, 1, num_modes=M, rngs=nnx.Rngs(0), **options)
         (weights,) = np.asarray(blur_kernel(layer.core.basis(), length, "hermitian"))
         image = draw_weights(cell, weights)

@@ -35,7 +35,8 @@ def connect(processes: str) -> None:
         address, *numbers = processes.split(",")
         if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[1]) >= int(numbers[0]):
             raise ValueError(f"--distributed={processes} must be auto or HOST:PORT,PROCESSES,ID with ID < PROCESSES.")
-        jax.distributed.initialize(address, *map(int, numbers))
+        count, process = map(int, numbers)
+        jax.distributed.initialize(address, count, process)
 
 
 def profile_window(values: list[str]) -> tuple[int, int]:

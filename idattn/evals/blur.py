@@ -154,7 +154,7 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
     inches = max(0.8, 4.8 / max(rows, columns))  # of a head
     sides = (inches * columns + 0.5, inches * columns + 0.5, 5.5)
     figure = Figure(figsize=(sum(sides), max(inches * rows + 0.8, 6)), dpi=80, layout="constrained")
-    *grids, right = figure.subfigures(1, 3, width_ratios=sides)
+    *grids, right = figure.subfigures(1, 3, squeeze=False, width_ratios=sides)[0]
     for grid, name, found in zip(grids, ("at the start", "trained"), (start, layers), strict=True):
         grid.suptitle(f"w(i, j) {name}, largest = 1")
         T = layers[0].weights.shape[-1]
@@ -173,7 +173,7 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
     *curves, modes = np.ravel(right.subplots(3 if is_queried else 1, 1))
     for number, (old, new) in enumerate(zip(start, layers, strict=True)):
         untrained = dict(color="lightgray", label=None if number else "at the start", zorder=1)
-        trained = dict(color=colormaps["viridis"](0.9 * number / max(rows - 1, 1)), zorder=2)
+        trained: dict[str, Any] = dict(color=colormaps["viridis"](0.9 * number / max(rows - 1, 1)), zorder=2)
         trained["label"] = f"layer {new.layer}" if number in (0, rows - 1) else None
         for found, style in ((old, untrained), (new, trained)):
             modes.scatter(found.half_life, found.frequency, s=4, **style)

@@ -94,10 +94,11 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
             for settings, numbers in alike.items():
                 prompts = [requests[n].args[0] for n in numbers]
                 size = batch_size([encode(prompt) for prompt in prompts])
-                options = _options(json.loads(settings)) | {"stop_tokens": (tokenizer.bos_id,)}
-                for n, text in zip(
-                    numbers, continue_texts(decoder, tokenizer, prompts, batch_size=size, **options), strict=True
-                ):
+                options = _options(json.loads(settings))
+                texts = continue_texts(
+                    decoder, tokenizer, prompts, batch_size=size, stop_tokens=(tokenizer.bos_id,), **options
+                )
+                for n, text in zip(numbers, texts, strict=True):
                     written[n] = text
             return written
 
@@ -116,7 +117,7 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     if unknown := settings.keys() - {*known}:
         raise ValueError(f"generation settings {sorted(unknown)} are not known; they must be of {', '.join(known)}.")
     until = settings.get("until") or []
-    options = {name: settings[name] for name in _SAMPLING if name in settings}
+    options: dict[str, Any] = {name: settings[name] for name in _SAMPLING if name in settings}
     if not settings.get("do_sample"):
         options["temperature"] = 0.0
     return options | {

@@ -127,7 +127,8 @@ def s4d_residual(num_modes: int, delta: float, lengths: Sequence[int], *, degree
         integrals = np.concatenate([borders[:, 1:2], borders[:, 2:] - borders[:, :-2]], axis=1)
         wanted = np.diff(integrals, axis=0)  # up to factors of each coefficient
         weights = np.exp(delta * np.outer(np.arange(length), a))
-        modes, sizes, _ = np.linalg.svd(np.concatenate([weights.real, weights.imag], axis=1), full_matrices=False)
+        planes = np.concatenate([np.real(weights), np.imag(weights)], axis=1)
+        modes, sizes, _ = np.linalg.svd(planes, full_matrices=False)
         modes = modes[:, sizes > 1e-6 * sizes[0]]
         missed = wanted - modes @ (modes.T @ wanted)
         residuals.append(math.sqrt(np.mean(np.sum(missed**2, axis=0) / np.sum(wanted**2, axis=0))))

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def score_rows(
-    decoder: Decoder, rows: Sequence[np.ndarray], batch_size: int, name: str = "score"
+    decoder: Decoder, rows: Sequence[np.ndarray] | np.ndarray, batch_size: int, name: str = "score"
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The log-probability of every token of every row given those before it.
 
@@ -60,7 +60,7 @@ def progress(items: Collection[Item], name: str, unit: str = "batch") -> Iterabl
     return tqdm(items, desc=name, unit=unit, leave=not terminal, mininterval=0.1 if terminal else 30)  # few log lines
 
 
-def batches_by_length(rows: Sequence[np.ndarray | str], batch_size: int) -> list[list[int]]:
+def batches_by_length(rows: Sequence[np.ndarray | str] | np.ndarray, batch_size: int) -> list[list[int]]:
     """Numbers of rows in batches of like length, the longest first, so that what does not fit fails at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

@@ -72,10 +72,10 @@ def perplexity(subject: Subject, settings: Settings) -> dict[str, Any]:
         texts = [tokenizer.decode(document) for document in np.split(tokens, starts)[1:]]
         sizes = [len(text.encode()) for text in texts]
         suffix = f" {number}" if len(sources) > 1 else ""
-        total = measures(*sums.sum(0), sum(sizes))
+        total = measures(*sums.sum(0), size=sum(sizes))
         metrics |= {f"{name}{suffix}": total[name] for name in ("loss", "perplexity", "bits_per_byte")}
         for text, size, row in zip(texts, sizes, sums, strict=True):
-            documents.append({"text": text[:40], "source": number} | measures(*row, size))
+            documents.append({"text": text[:40], "source": number} | measures(*row, size=size))
             tqdm.write("{tokens:>10,}  {loss:>14.4f}  {perplexity:>10.2f}  {text!r}".format(**documents[-1]))
         tqdm.write("{tokens:>10,}  {loss:>14.4f}  {perplexity:>10.2f}  all of them".format(**total))
     return {"metrics": metrics, "documents": documents}

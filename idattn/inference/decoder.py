@@ -13,7 +13,7 @@ Under `jax.set_mesh` (`idattn.sharding`) rows are split over data and fsdp, head
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,10 +130,10 @@ class Decoder:
         Raises:
           ValueError: shapes do not fit, a token is outside the vocabulary, or a row would be empty.
         """
-        tokens, lengths, context = self._prepare(tokens, lengths, context, max_tokens)
+        tokens, lengths, after = self._prepare(tokens, lengths, context, max_tokens)
         for part, ids in self._chunks(tokens, lengths):
-            context = self._read(self.params, context, part, ids)
-        return context
+            after = self._read(self.params, after, part, ids)
+        return after
 
     def score(
         self,
@@ -147,13 +147,13 @@ class Decoder:
           log_probs (B, T) float32 in nats, is_best (B, T) bool, whether no token was more likely, and the context.
           Where nothing came before, and in padding, they are 0 and False.
         """
-        tokens, lengths, context = self._prepare(tokens, lengths, context, 0)
+        tokens, lengths, after = self._prepare(tokens, lengths, context, 0)
         results = []
         for part, ids in self._chunks(tokens, lengths):
-            *scores, context = self._score(self.params, context, part, ids)
+            *scores, after = self._score(self.params, after, part, ids)
             results.append(jax.device_get(scores))
         log_probs, is_best = (np.concatenate(x, axis=1)[:, : tokens.shape[1]] for x in zip(*results, strict=True))
-        return log_probs, is_best, context
+        return log_probs, is_best, after
 
     def decode(
         self,
@@ -205,7 +205,13 @@ class Decoder:
         """The context with room for `max_tokens` in the caches of softmax layers; the one given stays valid."""
         return self._resize(context, max_tokens) if self._grows else context
 
-    def lower(self, batch_size: int, max_tokens: int = 0, *, device: jax.Device | None = None) -> dict[str, Any]:
+    def lower(
+        self,
+        batch_size: int,
+        max_tokens: int = 0,
+        *,
+        device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  # as in `make_mesh`
+    ) -> dict[str, Any]:
         """The programs of `prefill` (a chunk of it) and `decode` (a block), to be compiled without running anything.
 
         Args:
@@ -228,7 +234,13 @@ class Decoder:
             for name, program in programs.items()
         }
 
-    def _prepare(self, tokens, lengths, context, max_tokens):
+    def _prepare(
+        self,
+        tokens: np.ndarray | jax.Array,
+        lengths: np.ndarray | Sequence[int] | None,
+        context: Context | None,
+        max_tokens: int,
+    ) -> tuple[np.ndarray, np.ndarray, Context]:
         """Checked tokens and lengths, and a context with room for them."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
@@ -268,7 +280,7 @@ class Decoder:
         room = min(n for memory in context.state.memories if (n := memory.capacity()) is not None)
         return context if longest <= room else self.resize(context, _bucket(longest))
 
-    def _chunks(self, tokens, lengths):
+    def _chunks(self, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Chunks of tokens and their segment ids: of `chunk_size`, or of the next power of two that holds all."""
         B, T = tokens.shape
         size = min(self.chunk_size, _bucket(T))
@@ -296,6 +308,7 @@ class Decoder:
         """The hidden vectors (B, T, D) of tokens, and the context after them."""
         model = nnx.merge(self._graphdef, params)
         hidden, state = model.hidden(tokens, segment_ids=segment_ids, state=context.state)
+        assert state is not None, "a model that is given a state returns one"
         rows = jnp.arange(tokens.shape[0])
         if segment_ids is None:
             seen, length = context.seen.at[rows[:, None], tokens].set(True), context.length + tokens.shape[1]

@@ -38,7 +38,7 @@ def current_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str
     """
     wanted = frozenset(wanted)
 
-    def current(name):
+    def current(name: str) -> str:
         renamed = ".".join(_RENAMED.get(part, part) for part in name.split("."))
         return renamed if name not in wanted and renamed in wanted else name
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def draw(folder: Path, configs: Mapping[Cell, Config], done: Records) -> dict[st
 def _colours(done: Records) -> dict[str, str]:
     """A colour for each condition, of up to 20."""
     conditions = dict.fromkeys(cell.condition for cell in done)
-    palette = colormaps["tab10" if len(conditions) <= 10 else "tab20"].colors
+    palette = color_sequences["tab10" if len(conditions) <= 10 else "tab20"]
     return {name: to_hex(palette[n % len(palette)]) for n, name in enumerate(conditions)}
 
 
@@ -107,7 +107,7 @@ def _lengths(configs: Mapping[Cell, Config], done: Records) -> Figure:
 
 
 def _length_curves(
-    by_length: Axes, by_position: Axes, corpora: Sequence[Mapping[str, Mapping[str, Any]]], style: Mapping[str, str]
+    by_length: Axes, by_position: Axes, corpora: Sequence[Mapping[str, Mapping[str, Any]]], style: Mapping[str, Any]
 ) -> None:
     lengths = sorted(map(int, corpora[0]))
     means = [np.mean([corpus[str(length)]["perplexity"] for corpus in corpora]) for length in lengths]

@@ -157,6 +157,7 @@ def verdict(differences: Sequence[float]) -> str:
     if len(differences) < _MIN_SEEDS:
         return f"{len(differences)} of {_MIN_SEEDS} seeds"
     mean, sd = Spread.of(differences)
+    assert sd is not None, "of several seeds"
     if abs(mean) <= 2 * sd or any(x * mean <= 0 for x in differences):
         return "within the spread"
     return "holds" if mean < 0 else "reversed"

@@ -72,6 +72,7 @@ class Runner:
             return
         log = self.workdir / "runs" / "prepare.log"
         with lock_file(log.with_suffix(".lock"), wait=True) as lock:
+            assert lock is not None, "the lock was waited for"
             if self._call("prepare-data", list(self.study.prepare), log, lock):
                 raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
 
@@ -95,6 +96,7 @@ class Runner:
                     write_atomic(file, json.dumps({"error": error}, indent=1))
                     return f"failed, see {log}"
             results, metrics = _evaluations(run), read_metrics(run / "metrics.jsonl")
+            assert results is not None, "the cell has been evaluated"
             curve = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
             record = {
                 "config": read_json(run / "config.json", f"Delete {run} to train the cell again."),
