@@ -31,7 +31,7 @@ test-slow: $(LIBTPU)  ## run the tests that take minutes each
 	$(RUN) -m pytest -m 'slow and not libtpu'
 	$(LIBTPU_RUN) -m pytest -m 'slow and libtpu'
 
-lint: $(DEV)  ## check style and format
+lint: $(DEV) types  ## check style, format and types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 

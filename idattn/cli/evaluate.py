@@ -82,7 +82,7 @@ def main(_):
         check_task(task)
     wanted = settings()
     config, params, step = load_params(FLAGS.checkpoint)
-    out = wanted.figures
+    out = resolve_path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
     results: dict[str, Any] = {"checkpoint": str(FLAGS.checkpoint), "step": step, "tasks": {}}

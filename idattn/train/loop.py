@@ -147,7 +147,7 @@ class _Run:
     def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> tuple[int, State]:
         settings = self.config.train
         pending = None  # metrics of the last step, recorded when the next one is under way
-        self._clock = None  # (time, step) since when speed is measured
+        self._clock: tuple[float, int] | None = None  # (time, step) since when speed is measured
         mesh, done = self.trainer.mesh, start
         hidden = start == settings.steps or not _is_main_process()
         with tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden) as bar:
@@ -178,6 +178,7 @@ class _Run:
                     self._upload_metrics()
                     if save:
                         checkpoints.save(done, state, self.data, self.config, val_loss)
+                    assert self._clock is not None, "the step has been recorded"
                     self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
                 bar.update()
             if done < settings.steps:
