@@ -25,7 +25,8 @@ def param(value: jax.Array, *dims: str | None, group: str = "other") -> nnx.Para
       group: "matrix" for weights and embeddings, which weight decay applies to; "ssm" for norm scales and biases of
         eq. 12, Delta, A, C and c_out, with a learning rate of their own and no weight decay; or "other".
     """
-    return nnx.Param(value, dims=dims, group=group)
+    # A weakly typed array, as of jnp.full(shape, 0.5), would compile a training step a second time.
+    return nnx.Param(value.astype(value.dtype), dims=dims, group=group)
 
 
 class Linear(nnx.Module):

@@ -222,6 +222,7 @@ def test_parameters_of_the_layer_name_their_group():
     groups = {}
     for path, variable in nnx.to_flat_state(nnx.state(layer)):
         assert type(variable) is nnx.Param  # a type of one's own is a collection of its own in flax.linen
+        assert not variable[...].weak_type, path  # or a training step is compiled twice
         groups.setdefault(variable.get_metadata("group"), set()).add(".".join(map(str, path)))
     norms = {f"core.{n}_norm.{p}" for n in ("key", "value") for p in ("scale", "bias")}
     assert groups["ssm"] == norms | {f"core.basis.{p}" for p in ("log_delta", "a_log", "a_imag", "c")}
