@@ -82,7 +82,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a program, and exit with its status.
 
     A mistake of the user ends it with one line and status 2: a flag that does not parse, a path that is not as it must
-    be, or what this package raises as a ValueError, NotImplementedError or ImportError. Errors of libraries keep their
+    be, or what this package raises as a ValueError, NotImplementedError or ImportError. Errors of libraries show a
     traceback; with the environment variable IDATTN_TRACEBACK=1 all do.
 
     Args:

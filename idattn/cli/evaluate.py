@@ -47,13 +47,13 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("lengths", ["1024", "2048", "4096", "8192"], "Tokens of a window or prompt.")
     flags.DEFINE_list("entries", ["16", "32", "64", "128"], "Entries of a phone book, pairs of mqar.")
-    flags.DEFINE_string("eval_data", None, "JSONL file, or folder of some, with the rows of the eight tasks.")
+    flags.DEFINE_string("eval_data", None, "JSONL file, or folder of such files, with the rows of the eight tasks.")
     flags.DEFINE_integer("limit", 200, "Questions of a recall task.", lower_bound=1)
     flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.", 1)
     flags.DEFINE_integer("max_tokens", 2**20, "Tokens to read of each text, from its beginning.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2**14, "Tokens of the rows that are read together.", lower_bound=1)
     flags.DEFINE_integer("seed", 42, "Of the questions.")
-    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "What states are kept in.")
+    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "In which states are stored.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that are read at a time.", lower_bound=1)
 
 

@@ -58,7 +58,7 @@ def print_histogram(lengths: np.ndarray) -> None:
 
 
 def sample(tokens: np.ndarray, tokenizer) -> str:
-    """Decoded text, every document after a line that marks its border."""
+    """Decoded text, every document after a line that shows its border."""
     borders = np.flatnonzero(tokens == tokenizer.bos_id)
     documents = np.split(tokens, borders)[1:]
     return "".join(

@@ -4,7 +4,7 @@ idattn plot-kernel --out=docs/kernel.png
 idattn plot-kernel --checkpoint=runs/quickstart --out=docs/learned_kernel.png --json=runs/quickstart/blur.json
 
 Plain linear attention is w(i, j) = [i = j]. Without a checkpoint, the basis of one head as it starts (S4D-Inv), M = 64,
-for three step sizes, where C is the identity and the readout hermitian. With one, every head of a trained model beside
+for three step sizes, where C is the identity and the readout hermitian. With one, every head of a trained model next to
 what the run started from: w(i, j) (of linear readouts h(i)); the width of the values that a key reaches, and its
 strength, against its distance (`idattn.evals.blur.Resolution`); half-life and frequency of every mode.
 """
@@ -52,12 +52,12 @@ def plot_start(length: int) -> Figure:
 
 
 def numbers(layer: LayerBlur) -> dict:
-    """What JSON keeps of a layer: lists over its heads."""
-    found = {"half_life": layer.half_life, "frequency": layer.frequency}
-    found |= resolution(layer.weights)._asdict() if layer.weights.ndim == 3 else {"response": layer.weights}
+    """A layer in JSON: lists over its heads."""
+    arrays = {"half_life": layer.half_life, "frequency": layer.frequency}
+    arrays |= resolution(layer.weights)._asdict() if layer.weights.ndim == 3 else {"response": layer.weights}
     lists = {
         name: [[float(f"{x:.5g}") if math.isfinite(x) else None for x in head] for head in values]
-        for name, values in found.items()
+        for name, values in arrays.items()
     }
     return {"layer": layer.layer, "mixer": layer.mixer} | lists
 
@@ -85,9 +85,9 @@ def main(_):
     for old, new in zip(start, layers, strict=True):
         row = f"{new.layer:>5}  {new.mixer:<18} {new.half_life.min():>8,.1f} to {new.half_life.max():>7,.1f}"
         if new.weights.ndim == 3:
-            pair = [resolution(found.weights) for found in (old, new)]
-            row += "   {:>6.1f} -> {:>5.1f}".format(*(np.median(found.width[:, 0]) for found in pair))
-            row += "   {:>12.2f} -> {:.2f}".format(*(np.median(found.strength[:, FLAGS.length // 2]) for found in pair))
+            pair = [resolution(layer.weights) for layer in (old, new)]
+            row += "   {:>6.1f} -> {:>5.1f}".format(*(np.median(x.width[:, 0]) for x in pair))
+            row += "   {:>12.2f} -> {:.2f}".format(*(np.median(x.strength[:, FLAGS.length // 2]) for x in pair))
         print(row)
     if FLAGS.json:
         stages = {"step": step, "start": [*map(numbers, start)], "trained": [*map(numbers, layers)]}

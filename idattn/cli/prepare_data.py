@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("train_vocab", 0, "Pieces of a SentencePiece BPE to train on the source instead.")
     flags.DEFINE_string("text_field", "text", "Name of the text in objects and rows.")
     flags.DEFINE_float("validation", 0.001, "Share of the documents to validate on, by the hash of their text.")
-    flags.DEFINE_bool("deduplicate", False, "Of documents with equal text keep the first.")
+    flags.DEFINE_bool("deduplicate", False, "Of documents with equal text write the first only.")
     flags.DEFINE_integer("unit_mb", 64, "Megabytes of text in a shard, about; less for small sources.")
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes on this machine.")
     flags.DEFINE_string("part", "0/1", "i/n: do part i, from 0, of n.")

@@ -4,7 +4,7 @@ idattn study --config=study_cpu --workdir=results/study_cpu --jobs=2
 
 A study is a file with STUDY (`idattn.study.Study`) and a get_config that takes SCALE,CONDITION,SEED. In WORKDIR,
 runs/CELL is the run of a cell, runs/CELL.log what it printed, cells/CELL.json its record, and report.md, report.json
-and figures show what the records say; --report only writes these. Records and report can be kept without the runs.
+and figures show what the records say; --report only writes these. Records and report can be stored without the runs.
 
 A cell that fails is reported, and tried again by the next call. Several machines that share WORKDIR may run the same
 command: each takes cells that no other is at. Where a cell takes several hosts, --dry_run prints the commands of what

@@ -1,6 +1,6 @@
 """What the states of a model remember: each head's w(i, j), its resolution, and the eigenvalues that make it.
 
-Written out, a mixer that queries read is linear attention whose scores reach more than their own values,
+Written out, a mixer that queries read is linear attention whose scores reach the values of other tokens too,
 
     o_t = sum_{s,s' <= t} (q_t . k_s) w(t - s, t - s') v_{s'}
     w(i, j) = Re sum_{m,n} (beta_m lambda_m^i) G_mn (beta_n lambda_n^j)
@@ -89,10 +89,10 @@ def resolution(weights: np.ndarray) -> Resolution:
 
 @jax.jit
 def timescales(basis: Basis) -> tuple[jax.Array, jax.Array]:
-    """Of every mode the tokens after which half is left, and its turns a token in [0, 1/2]; (G, M) each.
+    """Every mode's half-life in tokens, and its frequency in cycles per token, in [0, 1/2]; (G, M) each.
 
-    lambda = 2^(-1 / half-life) exp(2 pi i frequency), up to the sign of the frequency; turns beyond half a one a token
-    are seen as fewer, as in any sampled signal.
+    lambda = 2^(-1 / half-life) exp(2 pi i frequency), up to the sign of the frequency; one above 1/2
+    is aliased to a lower one, as in any sampled signal.
     """
     (re, im), _ = (jnp.moveaxis(x, -2, 0) for x in discretize(basis))
     half_life = jnp.log(2.0) * jnp.exp(-basis.log_delta[:, None] - basis.a_log)
@@ -161,7 +161,7 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
         grid.supxlabel(f"j, value 0 to {T} tokens ago")
         grid.supylabel(f"i, key 0 to {T} tokens ago")
         axes = grid.subplots(rows, columns, squeeze=False)
-        for row, layer in zip(axes, found, strict=True):
+        for row, layer in zip(axes, stage, strict=True):
             row[0].set_ylabel(f"layer {layer.layer}")
             for cell, weights in zip(row, layer.weights, strict=True):
                 cell.set(xticks=[], yticks=[])
@@ -175,15 +175,15 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
         untrained = dict(color="lightgray", label=None if number else "at the start", zorder=1)
         trained: dict[str, Any] = dict(color=colormaps["viridis"](0.9 * number / max(rows - 1, 1)), zorder=2)
         trained["label"] = f"layer {new.layer}" if number in (0, rows - 1) else None
-        for found, style in ((old, untrained), (new, trained)):
-            modes.scatter(found.half_life, found.frequency, s=4, **style)
-            if found.weights.ndim == 3:
-                _, width, strength = resolution(found.weights)
+        for blur, style in ((old, untrained), (new, trained)):
+            modes.scatter(blur.half_life, blur.frequency, s=4, **style)
+            if blur.weights.ndim == 3:
+                _, width, strength = resolution(blur.weights)
                 for axes, values in zip(curves, (width, strength), strict=True):
                     axes.plot(np.nanmedian(values, axis=0), **style)
     for axes, name in zip(curves, ("width, tokens", "strength"), strict=False):
         axes.set(xlabel="i, tokens since the key", ylabel=f"{name}\n(median of heads)", ylim=(0, None))
         axes.grid(alpha=0.3)
-    modes.set(xlabel="half-life of a mode, tokens", ylabel="turns a token", xscale="log", yscale="log")
+    modes.set(xlabel="half-life of a mode, tokens", ylabel="cycles per token", xscale="log", yscale="log")
     right.legend(*modes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure

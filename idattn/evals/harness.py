@@ -35,7 +35,7 @@ LISTS = {
 
 _NORMALISED = ("hellaswag", "arc_challenge")  # reported by acc_norm
 _ANSWER = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "arc_challenge": "\nAnswer:", "boolq": "\nAnswer:"}
-_LOCAL = "_local"  # lm-eval would take a task of its own for one of the same name
+_LOCAL = "_local"  # under the same name lm-eval would take its built-in task
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -72,8 +72,8 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
                 start = _common_prefix(row, encode(context.rstrip()))
                 if continuation and start == len(row):
                     raise ValueError(
-                        f"continuation {continuation!r} of {context[-40:]!r} has no token of its own to score: the "
-                        "tokenizer drops it. Leave out the row, or use a tokenizer that keeps spaces."
+                        f"continuation {continuation!r} of {context[-40:]!r} has no token to score: the "
+                        "tokenizer drops it. Leave out the row, or use a tokenizer that encodes spaces."
                     )
                 rows.append(row)
                 starts.append(start)
@@ -141,7 +141,7 @@ def evaluate(
     Args:
       lm: of `make_lm`.
       tasks: names of lm-eval's.
-      data: JSONL file (or `.jsonl.xz`), or folder of some, that the eight tasks are read from; see `local_task`.
+      data: JSONL file (or `.jsonl.xz`), or folder of such files, that the eight tasks are read from; see `local_task`.
       limit: rows of each task; None for all.
 
     Returns:
@@ -153,9 +153,9 @@ def evaluate(
     """
     evaluator = optional.load("lm_eval", "lm-evaluation-harness", "eval")
     wanted = [local_task(name, data) for name in tasks] if data else list(tasks)
-    # Without the index of lm-eval's own tasks, which takes seconds to read.
+    # Without the index of lm-eval's built-in tasks, which takes seconds to read.
     manager = optional.load("lm_eval.tasks", "lm-evaluation-harness", "eval").TaskManager(include_defaults=not data)
-    found = evaluator.simple_evaluate(
+    results = evaluator.simple_evaluate(
         lm, tasks=wanted, task_manager=manager, num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False
     )["results"]
     return {
@@ -164,7 +164,7 @@ def evaluate(
             for metric, value in values.items()
             if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
         }
-        for name, values in found.items()
+        for name, values in results.items()
     }
 
 

@@ -93,16 +93,16 @@ def length_losses(
 def mean_perplexities(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[int, float]:
     """The arithmetic mean over corpora of the perplexity at each length, as in the paper's table 2."""
     lengths = next(iter(corpora.values()))
-    return {length: float(np.mean([found[length]["perplexity"] for found in corpora.values()])) for length in lengths}
+    return {length: float(np.mean([each[length]["perplexity"] for each in corpora.values()])) for length in lengths}
 
 
 def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained_length: int, path: epath.Path) -> None:
     """Perplexity against the length of the windows, and loss by position in the longest; a PNG."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_length, by_position = figure.subplots(1, 2)
-    for name, found in corpora.items():
-        by_length.plot(list(found), [x["perplexity"] for x in found.values()], marker="o", label=name)
-        longest = found[max(found)]
+    for name, results in corpora.items():
+        by_length.plot(list(results), [x["perplexity"] for x in results.values()], marker="o", label=name)
+        longest = results[max(results)]
         by_position.plot(longest["positions"], longest["by_position"], label=name)
     by_length.set(xlabel="tokens in a window", ylabel="perplexity", xscale="log")
     lengths = list(next(iter(corpora.values())))

@@ -32,7 +32,7 @@ def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_o
     _check_stream("validation", validation, vocab_size, 2)
     probability = np.full(len(validation), 1 / vocab_size)
     # The context of each token: the number of the n-gram before it in `keys`, -1 for one that training lacks.
-    # Numbering anew at each order keeps context * V + token within 64 bits, however long the n-grams.
+    # Numbering anew at each order leaves context * V + token within 64 bits, however long the n-grams.
     train_context = np.zeros(len(train), np.int64)
     context = np.zeros(len(validation), np.int64)
     num_contexts = 1
@@ -53,14 +53,14 @@ def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_o
             h = context[known]
             position = known + order - 1
             wanted = h * vocab_size + validation[position].astype(np.int64)
-            found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            hit = keys[found] == wanted
-            probability[position] = (hit * count[found] + distinct[h] * probability[position]) / (
+            index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            hit = keys[index] == wanted
+            probability[position] = (hit * count[index] + distinct[h] * probability[position]) / (
                 total[h] + distinct[h]
             )
 
             context = np.full(len(context), -1)
-            context[known[hit]] = found[hit]
+            context[known[hit]] = index[hit]
             train_context, context = ngram[:-1], context[:-1]
             num_contexts = len(keys)
         nats.append(float(-np.log(probability[1:]).mean()))

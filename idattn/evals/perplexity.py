@@ -22,7 +22,7 @@ def batch_loss(graphdef: nnx.GraphDef, params: Any, batch: Batch, config: Config
       config: of the run.
     """
     model = nnx.merge(graphdef, params)
-    # Without resets the only segment is padding at the end, which the loss masks and causality keeps away.
+    # Without resets the only segment is padding at the end, which the loss masks and causality hides.
     segment_ids = batch["segment_ids"] if config.data.documents == "reset" else None
     hidden, _ = model.hidden(batch["inputs"], segment_ids=segment_ids)
     with jax.named_scope("loss"):

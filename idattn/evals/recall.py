@@ -63,7 +63,7 @@ def passkey(
     Args:
       tokenizer: counts the tokens.
       length: tokens that a prompt with BOS and `answer_tokens` after it fill as far as whole lines of noise do.
-      count: questions, each with its own key, number and place.
+      count: questions, each with another key, number and place.
       answer_tokens: room for the answer, 128 in RULER.
       seed: of the choices.
 
@@ -101,7 +101,7 @@ def phonebook(entries: int, count: int, *, seed: int = 42) -> list[Question]:
 
     Args:
       entries: people in the book, all of other names, 3 to 1600.
-      count: questions, each of its own book.
+      count: questions, each of another book.
       seed: of the choices.
 
     Raises:

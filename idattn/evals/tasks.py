@@ -109,7 +109,7 @@ def lengths(subject: Subject, settings: Settings) -> dict[str, Any]:
     }
     if settings.figures is not None:
         length.plot_lengths(corpora, subject.config.data.seq_len, settings.figures / "length.png")
-    metrics = {f"{name} {n}": found["perplexity"] for name, each in corpora.items() for n, found in each.items()}
+    metrics = {f"{name} {n}": result["perplexity"] for name, each in corpora.items() for n, result in each.items()}
     if len(corpora) > 1:
         metrics |= {f"mean {n}": value for n, value in length.mean_perplexities(corpora).items()}
     return {"metrics": metrics, "corpora": corpora}
@@ -166,10 +166,10 @@ def mqar(subject: Subject, settings: Settings) -> dict[str, Any]:
 def lm_eval(subject: Subject, settings: Settings, task: str) -> dict[str, Any]:
     """The metrics of a task of lm-evaluation-harness; those of a list with the mean that the paper gives."""
     lm = harness.make_lm(subject.decoder, subject.tokenizer, settings.batch_tokens)
-    found = harness.evaluate(lm, harness.LISTS.get(task, (task,)), settings.eval_data, settings.max_rows)
-    metrics = {f"{name} {metric}": value for name, values in found.items() for metric, value in values.items()}
+    results = harness.evaluate(lm, harness.LISTS.get(task, (task,)), settings.eval_data, settings.max_rows)
+    metrics = {f"{name} {metric}": value for name, values in results.items() for metric, value in values.items()}
     if task in harness.LISTS:
-        metrics["mean"] = float(np.mean([harness.main_metric(name, values) for name, values in found.items()]))
+        metrics["mean"] = float(np.mean([harness.main_metric(name, values) for name, values in results.items()]))
     return {"metrics": metrics, "local": bool(settings.eval_data)}
 
 

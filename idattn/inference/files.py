@@ -56,10 +56,10 @@ def load_weights(folder: epath.PathLike) -> tuple[Config, Any, int]:
     names = current_names(arrays, named_leaves(wanted))
     arrays = {names[name]: array for name, array in arrays.items()}
     shapes = ({name: str(x.shape) for name, x in leaves.items()} for leaves in (arrays, named_leaves(wanted)))
-    if found := differences(*shapes):
+    if differing := differences(*shapes):
         raise ValueError(
-            f"{folder / WEIGHTS} holds other arrays than the model of {folder / CONFIG}, {len(found)} of them "
-            f"({'; '.join(found[:3])}). Put the two files of one export together."
+            f"{folder / WEIGHTS} holds other arrays than the model of {folder / CONFIG}, {len(differing)} of them "
+            f"({'; '.join(differing[:3])}). Put the two files of one export together."
         )
     return config, jax.tree.map_with_path(lambda path, _: arrays[leaf_name(path)], wanted), step
 

@@ -98,7 +98,7 @@ def sample(logits: jax.Array, settings: Sampling, seen: jax.Array, length: jax.A
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = jnp.where(below == 0, 0, below / jnp.where(temperature > 0, temperature, 1))
     cut = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
-    logits = jax.lax.cond(cut, _keep_likely, lambda logits, _: logits, logits, settings)  # to sort takes long
+    logits = jax.lax.cond(cut, _mask_unlikely, lambda logits, _: logits, logits, settings)  # to sort takes long
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(settings.min_p)[:, None]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
     keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(settings.seed, length)
@@ -106,13 +106,13 @@ def sample(logits: jax.Array, settings: Sampling, seen: jax.Array, length: jax.A
     return jnp.where(settings.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
-def _keep_likely(logits: jax.Array, settings: Sampling) -> jax.Array:
+def _mask_unlikely(logits: jax.Array, settings: Sampling) -> jax.Array:
     """The logits of the top_k and, of them, top_p tokens; -inf for the others."""
     V = logits.shape[1]
     descending = jnp.sort(logits, axis=-1, descending=True)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, V)[:, None]
     descending = jnp.where(jnp.arange(V)[None] < top_k, descending, -jnp.inf)
     p = jax.nn.softmax(descending, axis=-1)
-    kept = (jnp.cumsum(p, axis=-1) - p < settings.top_p[:, None]) & (descending > -jnp.inf)
-    least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    allowed = (jnp.cumsum(p, axis=-1) - p < settings.top_p[:, None]) & (descending > -jnp.inf)
+    least = jnp.min(jnp.where(allowed, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -165,7 +165,7 @@ def generate_text(
 
 
 class TextStream:
-    """The text of a row as its tokens come: whole characters, nothing that may yet turn out to be a stop string.
+    """The text of a row as its tokens come: whole characters, nothing that may be the beginning of a stop string.
 
     Args:
       tokenizer: decodes.
@@ -174,8 +174,8 @@ class TextStream:
 
     Attributes:
       text: what was released.
-      stopped: whether a stop string was found; then nothing more is.
-      used: tokens up to there, all if none was found.
+      stopped: whether a stop string was complete; then nothing more is released.
+      used: tokens up to there, all if there was none.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] | np.ndarray = ()):
@@ -212,10 +212,10 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:  # the one that was complete first, however the text was divided
+        matches = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if matches:  # the one that was complete first, however the text was divided
             self.stopped, self._held = True, ""
-            text = text[: min(found)[1]]
+            text = text[: min(matches)[1]]
         else:
             longest = min(max(map(len, self._stop), default=1) - 1, len(text))
             held = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)

@@ -130,7 +130,7 @@ def best_loss(record: Mapping[str, Any]) -> float:
 
 def by_condition(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
     """The cells of each scale and condition, which differ by their seed."""
-    found: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.scale, cell.condition), []).append(cell)
-    return found
+        groups.setdefault((cell.scale, cell.condition), []).append(cell)
+    return groups

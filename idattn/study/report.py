@@ -171,8 +171,8 @@ def _measured(
     for (scale, condition), cells in by_condition(done).items():
         config = configs[cells[0]]
         for task in done[cells[0]]["evaluations"]:
-            found = [done[cell]["evaluations"][task]["metrics"] for cell in cells]
-            metrics = {name: Spread.of(one[name] for one in found) for name in found[0]}
+            measured = [done[cell]["evaluations"][task]["metrics"] for cell in cells]
+            metrics = {name: Spread.of(one[name] for one in measured) for name in measured[0]}
             row = {"scale": scale, "condition": condition, "seeds": len(cells), "metrics": metrics}
             tables.setdefault(task, []).append(row | {"paper": _paper_results(task, metrics, config)})
     return tables

@@ -151,7 +151,7 @@ def test_no_continuation_is_scored_by_nothing(joined, context, continuation, sco
 
 def test_a_continuation_without_tokens_is_refused(joined):
     tokenizer, _, lm = joined
-    with pytest.raises(ValueError, match="continuation '漢' of 'Ans' has no token of its own to score"):
+    with pytest.raises(ValueError, match="continuation '漢' of 'Ans' has no token to score"):
         lm.loglikelihood(requests(("Ans", "漢")))
 
 
