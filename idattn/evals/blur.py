@@ -155,7 +155,7 @@ def plot_layers(layers: Sequence[LayerBlur], start: Sequence[LayerBlur]) -> Figu
     sides = (inches * columns + 0.5, inches * columns + 0.5, 5.5)
     figure = Figure(figsize=(sum(sides), max(inches * rows + 0.8, 6)), dpi=80, layout="constrained")
     *grids, right = figure.subfigures(1, 3, squeeze=False, width_ratios=sides)[0]
-    for grid, name, found in zip(grids, ("at the start", "trained"), (start, layers), strict=True):
+    for grid, name, stage in zip(grids, ("at the start", "trained"), (start, layers), strict=True):
         grid.suptitle(f"w(i, j) {name}, largest = 1")
         T = layers[0].weights.shape[-1]
         grid.supxlabel(f"j, value 0 to {T} tokens ago")

@@ -3,17 +3,18 @@
 One BOS is put before every context, and nothing is ever cut: a row is read whole, however long.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from idattn.data import Tokenizer, optional
-from idattn.evals.scores import continue_texts, score_rows
+from idattn.evals.scores import continue_texts, score_rows, share_error
 from idattn.files import read_json_lines, resolve_path
 from idattn.inference import Decoder
 from idattn.inference.text import encode_prompt
@@ -36,7 +37,22 @@ LISTS = {
 _NORMALISED = ("hellaswag", "arc_challenge")  # reported by acc_norm
 _ANSWER = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "arc_challenge": "\nAnswer:", "boolq": "\nAnswer:"}
 _LOCAL = "_local"  # under the same name lm-eval would take its built-in task
+_SHARES = ("acc", "acc_norm", "contains")  # metrics that are right or wrong for each row
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class Measured(NamedTuple):
+    """What lm-eval measured with a task.
+
+    Attributes:
+      metrics: the value of each metric.
+      errors: standard errors of those that are shares of the rows.
+      version: of the task in lm-eval; results of two versions are not comparable. None for local rows.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    version: float | str | None
 
 
 def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
@@ -135,7 +151,7 @@ def task_names() -> list[str]:
 
 def evaluate(
     lm: Any, tasks: Sequence[str], data: str | Path | None = None, limit: int | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Measured]:
     """The metrics of tasks of lm-eval, without examples in the prompts.
 
     Args:
@@ -145,7 +161,7 @@ def evaluate(
       limit: rows of each task; None for all.
 
     Returns:
-      By task, or the tasks of a group, the value of each metric.
+      What was measured by task, or by the tasks of a group.
 
     Raises:
       ImportError: lm-eval is missing.
@@ -155,17 +171,26 @@ def evaluate(
     wanted = [local_task(name, data) for name in tasks] if data else list(tasks)
     # Without the index of lm-eval's built-in tasks, which takes seconds to read.
     manager = optional.load("lm_eval.tasks", "lm-evaluation-harness", "eval").TaskManager(include_defaults=not data)
-    results = evaluator.simple_evaluate(
+    output = evaluator.simple_evaluate(
         lm, tasks=wanted, task_manager=manager, num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=False
-    )["results"]
-    return {
-        name.removesuffix(_LOCAL): {
+    )
+    measured = {}
+    for name, values in output["results"].items():
+        metrics = {
             metric.removesuffix(",none"): float(value)
             for metric, value in values.items()
             if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
         }
-        for name, values in results.items()
-    }
+        count = output["n-samples"].get(name, {"effective": 0})["effective"]  # of a group only its tasks have it
+        errors = {metric: share_error(metrics[metric], count) for metric in _SHARES if metric in metrics and count > 1}
+        version = None if name.endswith(_LOCAL) else output["versions"].get(name)
+        measured[name.removesuffix(_LOCAL)] = Measured(metrics, errors, version)
+    return measured
+
+
+def package_version() -> str:
+    """The version of lm-eval."""
+    return importlib.metadata.version("lm_eval")
 
 
 def main_metric(task: str, values: dict[str, float]) -> float:

@@ -46,6 +46,8 @@ _LARGE = {  # at 1.3B, one value for each of _MIXERS; shares are of 1
     ("phonebook", "64"): (0.455, 0.0, 0.0),
     ("phonebook", "128"): (0.24, 0.0, 0.0),
 }
+# Versions of lm-eval's tasks before the changes that make their results incomparable; lm-eval 0.4.13 has version 1.
+_VERSIONS = {"swde": 0, "fda": 0, "squad_completion": 0}
 RESULTS: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
     **{key: ("1.3B", dict(zip(_MIXERS, values, strict=True))) for key, values in _LARGE.items()},
     **{
@@ -65,8 +67,9 @@ def setting_note(scale: str, config: Config, step: int, *, local: bool = False) 
     """What to write before the paper's results at a scale, next to those of a checkpoint: "" in the same setting.
 
     The setting is the same where width, depth, vocabulary (32,000), context (4,096) and training tokens (to 1 %) are,
-    and the questions are not `local`: rows of local files, which may be others than lm-eval's, or ask otherwise. The
-    text that was trained and evaluated on is for the reader to compare.
+    and the questions are not `local`: rows of local files, which may be others than lm-eval's, or ask otherwise, or of
+    a version of the task that cannot be compared. The text that was trained and evaluated on is for the reader to
+    compare.
     """
     width, depth, tokens = _SCALES[scale]
     model = config.model
@@ -85,13 +88,16 @@ def paper_values(task: str, metric: str, config: Config, step: int, *, local: bo
 
 
 def table(results: dict[str, Any], config: Config) -> str:
-    """All metrics in markdown."""
+    """All metrics in markdown, shares with their standard errors."""
     lines = [_COLUMNS, ("---", "---", "---:", "---")]
     for task, result in results["tasks"].items():
         for metric, value in result["metrics"].items():
             # Within a list, and for a single task, the metric's name begins with the task's.
             name, _, rest = metric.rpartition(" ")
-            setting: Any = dict(config=config, step=results["step"], local=result.get("local", False))
+            of = name or task
+            other = of in _VERSIONS and result.get("versions", {}).get(of) != _VERSIONS[of]
+            setting: Any = dict(config=config, step=results["step"], local=result.get("local", False) or other)
             paper = paper_values(task, metric, **setting) or paper_values(name, rest, **setting)
-            lines.append((task, metric, f"{value:.4f}", paper))
+            error = result.get("errors", {}).get(metric)
+            lines.append((task, metric, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"), paper))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,5 +1,6 @@
 """Rows scored, and texts continued, in batches of one shape, sorted by length; every row is read whole."""
 
+import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
@@ -46,6 +47,11 @@ def continue_texts(
         for i, result in zip(batch, generate_text(decoder, tokenizer, filled, num_tokens, **options), strict=False):
             written[i] = result.text
     return written
+
+
+def share_error(share: float, count: int) -> float:
+    """The standard error of a share of `count` answers, at least 2, that are right or wrong."""
+    return math.sqrt(share * (1 - share) / (count - 1))
 
 
 def progress(items: Collection[Item], name: str, unit: str = "batch") -> Iterable[Item]:

@@ -17,7 +17,7 @@ from idattn.config import Config
 from idattn.data import Tokenizer, eval_batches, load_data, load_stream, mqar_rows
 from idattn.evals import harness, length, recall
 from idattn.evals.perplexity import document_losses, token_losses
-from idattn.evals.scores import progress
+from idattn.evals.scores import progress, share_error
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 
@@ -131,7 +131,7 @@ def recalled(
     subject: Subject, settings: Settings, tests: dict[str, list[recall.Question]], whole: bool = False
 ) -> dict[str, Any]:
     """The share of questions answered in each test, with what was asked and written."""
-    result: dict[str, Any] = {"metrics": {}, "sha256": {}, "answers": {}}
+    result: dict[str, Any] = {"metrics": {}, "errors": {}, "sha256": {}, "answers": {}}
     for name, questions in tests.items():
         longest = max(len(subject.tokenizer.encode(question.prompt)) for question in questions)
         share, written = recall.ask(
@@ -143,6 +143,8 @@ def recalled(
             whole=whole,
         )
         result["metrics"][name], result["sha256"][name] = share, recall.fingerprint(questions)
+        if len(questions) > 1:
+            result["errors"][name] = share_error(share, len(questions))
         result["answers"][name] = [[q.answer, text] for q, text in zip(questions, written, strict=True)]
     return result
 
@@ -167,10 +169,19 @@ def lm_eval(subject: Subject, settings: Settings, task: str) -> dict[str, Any]:
     """The metrics of a task of lm-evaluation-harness; those of a list with the mean that the paper gives."""
     lm = harness.make_lm(subject.decoder, subject.tokenizer, settings.batch_tokens)
     results = harness.evaluate(lm, harness.LISTS.get(task, (task,)), settings.eval_data, settings.max_rows)
-    metrics = {f"{name} {metric}": value for name, values in results.items() for metric, value in values.items()}
+    metrics = {f"{name} {metric}": x for name, result in results.items() for metric, x in result.metrics.items()}
+    errors = {f"{name} {metric}": x for name, result in results.items() for metric, x in result.errors.items()}
     if task in harness.LISTS:
-        metrics["mean"] = float(np.mean([harness.main_metric(name, values) for name, values in results.items()]))
-    return {"metrics": metrics, "local": bool(settings.eval_data)}
+        metrics["mean"] = float(
+            np.mean([harness.main_metric(name, result.metrics) for name, result in results.items()])
+        )
+    versions = {name: result.version for name, result in results.items() if result.version is not None}
+    return {
+        "metrics": metrics,
+        "errors": errors,
+        "local": bool(settings.eval_data),
+        "versions": {"lm_eval": harness.package_version()} | versions,
+    }
 
 
 def rows(settings: Settings, tokens: int) -> int:

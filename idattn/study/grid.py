@@ -115,11 +115,11 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
 
 
 def _evaluation_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of all evaluations, by task and name."""
+    """The settings of all evaluations, and the versions of their tasks, by task and name."""
     return {
         f"{task} {name}": value
         for task, result in record["evaluations"].items()
-        for name, value in result["settings"].items()
+        for name, value in (result["settings"] | {"versions": result.get("versions")}).items()
     }
 
 

@@ -86,16 +86,20 @@ def test_local_tasks(model, lm, data):
             np.mean([np.argmax(x) == row["gold"] for x, row in zip(each, CHOICES, strict=True)])
             for each in (scores, norms)
         )
-        assert found[name] == {"acc": pytest.approx(acc), "acc_norm": pytest.approx(acc_norm)}
-        assert main_metric(name, found[name]) == pytest.approx(acc_norm if name == "hellaswag" else acc)
+        assert found[name].metrics == {"acc": pytest.approx(acc), "acc_norm": pytest.approx(acc_norm)}
+        right = [np.argmax(x) == row["gold"] for x, row in zip(scores, CHOICES, strict=True)]
+        assert found[name].errors["acc"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(len(right)))
+        assert found[name].version is None
+        assert main_metric(name, found[name].metrics) == pytest.approx(acc_norm if name == "hellaswag" else acc)
     total, greedy = direct(model, "ab", " c")
-    assert found["lambada_openai"]["perplexity"] == pytest.approx(np.exp(-total), rel=1e-4)
-    assert found["lambada_openai"]["acc"] == greedy
+    assert found["lambada_openai"].metrics["perplexity"] == pytest.approx(np.exp(-total), rel=1e-4)
+    assert found["lambada_openai"].metrics["acc"] == greedy
     contexts = [direct(model, context, " z.")[0] for context in ("x", "yy")]
-    assert found["winogrande"] == {"acc": float(np.argmax(contexts) == 1)}
+    assert found["winogrande"].metrics == {"acc": float(np.argmax(contexts) == 1)}
     first = [direct(model, "one two", f" {c}")[0] for c in CHOICES[0]["choices"]]
     limited = evaluate(lm, ["hellaswag"], data, limit=1)["hellaswag"]
-    assert limited["acc"] == float(np.argmax(first) == 0) and limited != found["hellaswag"]
+    assert limited.metrics["acc"] == float(np.argmax(first) == 0) and limited != found["hellaswag"]
+    assert not limited.errors  # of a single row
 
 
 @pytest.fixture(scope="module")

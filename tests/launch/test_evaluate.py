@@ -56,10 +56,16 @@ def test_results(checkpoint, tmp_path, capsys):
         assert result["sha256"] == {test: recall.fingerprint(questions)}
         assert [answer for answer, _ in result["answers"][test]] == [question.answer for question in questions]
         assert result["metrics"] == {test: 0.0} and all(text for _, text in result["answers"][test])
+    error = found["errors"]["piqa acc"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert table in capsys.readouterr().out
-    assert f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 |" in table
-    assert f"| piqa | piqa acc | {found['metrics']['piqa acc']:.4f} | other setting (1.3B): softmax 0.6942, " in table
+    assert (
+        f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 ± 0.0000 |" in table
+    )
+    assert (
+        f"| piqa | piqa acc | {found['metrics']['piqa acc']:.4f} ± {error:.4f} | other setting (1.3B): softmax 0.6942, "
+        in table
+    )
 
 
 @pytest.mark.slow
@@ -106,3 +112,14 @@ def test_rows_of_ones_own_are_another_setting(local, note):
     *_, task, mean = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
     assert task == f"| commonsense | social_iqa acc | 0.4000 | {note}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
     assert mean == f"| commonsense | mean | 0.5000 | {note}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"
+
+
+@pytest.mark.parametrize(
+    ("version", "note"), [(0, ""), (1, "other setting (1.3B): "), (None, "other setting (1.3B): ")]
+)
+def test_tasks_of_another_version_are_another_setting(version, note):
+    found = {"metrics": {"fda contains": 0.25}, "errors": {"fda contains": 0.125}, "versions": {"fda": version}}
+    results = {"step": 49_592, "tasks": {"based_recall": found}}
+    row = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")[-1]
+    paper = "softmax 0.5045, interdomain 0.0953, s4d 0.0036"
+    assert row == f"| based_recall | fda contains | 0.2500 ± 0.1250 | {note}{paper} |"

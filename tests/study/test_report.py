@@ -139,6 +139,10 @@ def change(key, value):
             r"mixes evaluations \(passkey limit 20 in 125M,softmax,1, 7 in 125M,s4d,3\)",
         ),
         (
+            lambda record: record["evaluations"]["passkey"].update(versions={"lm_eval": "0.4.12"}),
+            r"mixes evaluations \(passkey versions None in 125M,softmax,1, {'lm_eval': '0\.4\.12'} in 125M,s4d,3\)",
+        ),
+        (
             lambda record: record["evaluations"].pop("length"),
             r"mixes evaluations \(length max_tokens 9 in 125M,softmax,1, None in 125M,s4d,3\)",
         ),
@@ -146,7 +150,7 @@ def change(key, value):
         (change("config", {"sed": 4}), r"125M,s4d,3\.json is no record \(key of config='sed' is not known"),
         (lambda record: record.pop("config"), r"125M,s4d,3\.json is no record \('config'\)"),
     ],
-    ids=["versions", "evaluations", "another task", "config", "unknown setting", "no config"],
+    ids=["versions", "evaluations", "task version", "another task", "config", "unknown setting", "no config"],
 )  # fmt: skip
 def test_records_that_do_not_belong(folder, changed, message):
     record = make_record(CELLS[-1])
