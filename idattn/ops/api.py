@@ -11,7 +11,7 @@ from absl import logging
 from idattn.choices import READOUTS, check_choice
 from idattn.ops import chunks, chunkwise, fft, pallas_tpu, recurrent
 from idattn.ops.backend import Backend, Rule
-from idattn.ops.discretize import Basis, discretize, linear_readout_row, output_matrices
+from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
 from idattn.ops.planes import flatten_planes, real_part_row
 from idattn.ops.segments import Segments, find_segments
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
@@ -218,9 +218,8 @@ def step(
     basis = _cast(basis, dtype)
     state = _advance(jnp.concatenate([k, v], axis=-1).astype(dtype), basis, state)
     X_k, X_v = jnp.split(state, [R], axis=-2)
-    to_u, to_w = output_matrices(basis, readout)
     y = jnp.einsum("bgjr,bgrm->bgjm", q.reshape(B, G, H // G, R).astype(dtype), X_k, precision="highest")
-    w = jnp.einsum("gom,gmn,bgjn->bgjo", to_w, to_u, y, precision="highest", optimize=[(1, 2), (0, 1)])
+    w = mode_weights(basis, readout, y)
     o = jnp.einsum("bgjm,bgem->bgje", real_part_row(w), X_v, precision="highest")
     return o.reshape(B, H, E).astype(q.dtype), state
 

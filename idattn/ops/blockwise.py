@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.discretize import Basis, discretize, linear_readout_row, output_matrices
+from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
 from idattn.ops.planes import complex_matrix, complex_multiply, conjugate, flatten_planes, powers, to_planes
 
 
@@ -64,8 +64,7 @@ def interdomain(
     response = jnp.einsum("bgjr,bgrm->bgjm", q, _rows(states, layer, 0, R).astype(wide), precision="highest")
     y = flatten_planes(complex_multiply(_decay(block)[None, :, None], to_planes(response)))
     y += jnp.einsum("bgjs,sgm->bgjm", scores, flatten_planes(_lags(block)), precision="highest")
-    to_u, to_w = output_matrices(basis, readout)
-    w = jnp.einsum("gom,gmn,bgjn->bgjo", to_w, to_u, y, precision="highest", optimize=[(1, 2), (0, 1)])
+    w = mode_weights(basis, readout, y)
     o = _read(to_planes(w), block, _rows(states, layer, R, v.shape[-1]), v)
     return o.reshape(B, H, -1)
 

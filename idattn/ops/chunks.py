@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from idattn.ops.backend import Rule
-from idattn.ops.discretize import Basis, discretize, output_matrices
+from idattn.ops.discretize import Basis, discretize, readout_table
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.planes import complex_multiply, flatten_planes, powers, real_part_row, to_planes
+from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, powers, real_part_row, to_planes
 from idattn.ops.segments import PADDING, Segments
 
 
@@ -36,7 +36,7 @@ class Tables(NamedTuple):
 
     lags: jax.Array  # beta lambda^l, l = 0..K-1, (G, K, 2M)
     decays: jax.Array  # lambda^{t+1}, t = 0..K-1, (G, K, 2, M)
-    readout: jax.Array  # y -> w with the sign of Re on its imaginary half, (G, 2M, 2M)
+    readout: jax.Array  # y -> w with the sign of Re on its imaginary half, (G, 2M, 2M), or (G, 2, 2, M) by modes
     spread: jax.Array  # readout beta lambda^l: what a score adds to the w of l tokens later, (G, K, 2M)
 
 
@@ -49,10 +49,13 @@ class LagTables(NamedTuple):
 
 def make_tables(basis: Basis, K: int, readout: str) -> Tables:
     """The tables of chunks of K tokens; readout as in `idattn.ops.interdomain_attention`."""
-    to_u, to_w = output_matrices(basis, readout)
-    matrix = real_part_row(jnp.matmul(to_w, to_u, precision="highest").swapaxes(-1, -2)).swapaxes(-1, -2)
+    table = readout_table(basis, readout)
     lags, decays = lag_tables(basis, K)
-    return Tables(lags, decays, matrix, jnp.einsum("gom,glm->glo", matrix, lags, precision="highest"))
+    if table.ndim == 4:
+        table = conjugate(table.swapaxes(1, 2)).swapaxes(1, 2)
+    else:
+        table = real_part_row(table.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return Tables(lags, decays, table, apply_readout(table, lags[None], lags.dtype)[0])
 
 
 def lag_tables(basis: Basis, K: int) -> LagTables:
@@ -60,6 +63,25 @@ def lag_tables(basis: Basis, K: int) -> LagTables:
     lam, beta = discretize(basis)
     table = jnp.moveaxis(powers(lam, K), 0, 1)  # (G, K + 1, 2, M)
     return LagTables(flatten_planes(complex_multiply(beta[:, None], table[:, :K])), table[:, 1:])
+
+
+def apply_readout(table: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`Tables.readout` of flattened planes y (B, G, ..., 2M), in products of `dtype` where it is a matrix.
+
+    With its axes 1 and 2 exchanged, the table is that of the transposed map.
+    """
+    if table.ndim == 3:
+        return einsum_f32("bg...m,gom->bg...o", y, table, dtype)
+    table = table.reshape(1, table.shape[0], *[1] * (y.ndim - 3), *table.shape[1:])  # (1, G, 1, ..., 2, 2, M)
+    return flatten_planes(jnp.sum(table * to_planes(y)[..., None, :, :], axis=-2))
+
+
+def readout_cotangent(table: jax.Array, d_w: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The cotangent of `table` in w = apply_readout(table, y), from that of w, (B, G, ..., 2M)."""
+    if table.ndim == 3:
+        return einsum_f32("bg...o,bg...m->gom", d_w, y, dtype)
+    products = to_planes(d_w)[..., :, None, :] * to_planes(y)[..., None, :, :]  # (B, G, ..., 2, 2, M)
+    return jnp.sum(products, axis=(0, *range(2, products.ndim - 3)))
 
 
 def decay_state(decay: jax.Array, state: jax.Array) -> jax.Array:

@@ -16,11 +16,13 @@ from idattn.ops.backend import Backend
 from idattn.ops.chunks import (
     LagTables,
     Tables,
+    apply_readout,
     decay_state,
     final_state,
     lag_tables,
     last_tokens,
     pad_to_chunks,
+    readout_cotangent,
     zero_state,
 )
 from idattn.ops.discretize import Basis, discretize, linear_readout_row
@@ -163,7 +165,7 @@ def backward(
         d_w = einsum_f32("bgnjtl,glm->bgnjtm", d_weights, tables.lags, dtype) + _decay(d_decayed_w, tables.decays)
         # w = skew(S) spread + readout decayed_response, decayed_response = response decays
         d_scores = _within(_skew(einsum_f32("bgnjtm,glm->bgnjtl", d_w, tables.spread, dtype)), masks)
-        d_decayed_response = _from_start(einsum_f32("bgnjto,gom->bgnjtm", d_w, tables.readout, dtype), masks)
+        d_decayed_response = _from_start(apply_readout(tables.readout.swapaxes(1, 2), d_w, dtype), masks)
         d_response = _decay(d_decayed_response, conjugate(tables.decays))
         # S = q k^T and response = q X_k^T
         d_q = einsum_f32("bgnjts,bgnsr->bgnjtr", d_scores, k, dtype)
@@ -193,7 +195,7 @@ def backward(
         continued = starts if masks is None else jnp.where(masks.continues, starts, 0)
         d_decay = jnp.sum(complex_multiply(conjugate(to_planes(continued)), to_planes(d_X)), axis=(0, 1, 3))
         d_decays = jnp.sum(d_decays, axis=(0, 2, 3)).at[:, -1].add(d_decay)
-        d_readout = einsum_f32("bgnjto,bgnjtm->gom", d_w, read.decayed_response, dtype)
+        d_readout = readout_cotangent(tables.readout, d_w, read.decayed_response, dtype)
         d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_decays, d_readout, d_spread))
         d_inputs = _join_queries(d_q), _join(d_k), _join(d_v)
         return (d_state, d_tables), tuple(x.astype(dtype) for x in d_inputs)
@@ -375,7 +377,7 @@ def _read(q: jax.Array, k: jax.Array, X_k: jax.Array, tables: Tables, masks: _Ma
     response = einsum_f32("bgnjtr,nbgrm->bgnjtm", q, X_k, dtype)
     decayed_response = _from_start(_decay(response, tables.decays), masks)
     w = einsum_f32("bgnjtl,glm->bgnjtm", scores, tables.spread, dtype)
-    w = w + einsum_f32("bgnjtm,gom->bgnjto", decayed_response, tables.readout, dtype)
+    w = w + apply_readout(tables.readout, decayed_response, dtype)
     weights = _within(_skew(einsum_f32("bgnjtm,glm->bgnjtl", w, tables.lags, dtype)), masks)
     decayed_w = _from_start(_decay(w, conjugate(tables.decays)), masks)
     return _Read(scores, response, decayed_response, w, decayed_w, weights)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idattn.ops.planes import complex_matrix, complex_multiply, conjugate
+from idattn.ops.planes import complex_matrix, complex_multiply, conjugate, flatten_planes, to_planes
 
 
 class Basis(NamedTuple):
@@ -84,28 +84,58 @@ def _phi1(z: jax.Array) -> jax.Array:
     return jnp.where(small, series, quotient / jnp.where(small, 1, scale))
 
 
-def output_matrices(basis: Basis, readout: str) -> tuple[jax.Array, jax.Array]:
-    """C and C^T f as real (G, 2M, 2M) matrices on flattened planes: u = C y, then w = C^T f(u).
+_PLANE_FACTORS = {"transpose": (1, 1), "hermitian": (1, -1), "real": (1, 0)}  # f scales the two planes
+
+
+def c_planes(basis: Basis) -> tuple[jax.Array, jax.Array]:
+    """The real and the imaginary part of C: (G, M, M) each where it is full, (G, M) where it is diagonal."""
+    if basis.c is None:
+        return jnp.ones_like(basis.a_log), jnp.zeros_like(basis.a_log)
+    return basis.c if isinstance(basis.c, tuple) else (basis.c.real, basis.c.imag)
+
+
+def mode_weights(basis: Basis, readout: str, y: jax.Array) -> jax.Array:
+    """w = C^T f(C y), the weights on the modes of the values, in O(M^2) a query; O(M) where C is diagonal.
 
     Args:
       basis: its `c` in any of the forms that Basis allows.
       readout: "transpose", "hermitian" or "real".
+      y: (B, G, J, 2M) flattened planes, what each query finds among the keys.
+
+    Returns:
+      w (B, G, J, 2M).
     """
-    dtype = basis.a_log.dtype
-    eye = jnp.eye(basis.a_log.shape[1], dtype=dtype)[None]
-    if basis.c is None:
-        c_re, c_im = jnp.broadcast_to(eye, basis.a_log.shape + eye.shape[2:]), jnp.zeros((1, 1, 1), dtype)
-    else:
-        c_re, c_im = basis.c if isinstance(basis.c, tuple) else (basis.c.real, basis.c.imag)
-        if c_re.ndim == 2:
-            c_re, c_im = c_re[..., None] * eye, c_im[..., None] * eye
-    c_im = jnp.broadcast_to(c_im, c_re.shape)
-    re, im = {"transpose": (1, 1), "hermitian": (1, -1), "real": (1, 0)}[readout]  # f scales the two planes
+    c_re, c_im = c_planes(basis)
+    re, im = _PLANE_FACTORS[readout]
+    if c_re.ndim == 2:
+        c = jnp.stack([c_re, c_im], axis=-2)[None, :, None]
+        factors = jnp.asarray([re, im], y.dtype).reshape(1, 1, 1, 2, 1)
+        return flatten_planes(complex_multiply(c, factors * complex_multiply(c, to_planes(y))))
     t_re, t_im = c_re.swapaxes(-1, -2), c_im.swapaxes(-1, -2)
-    return complex_matrix(c_re, c_im), jnp.block([[t_re * re, -t_im * im], [t_im * re, t_re * im]])
+    to_u = complex_matrix(c_re, c_im)
+    to_w = jnp.block([[t_re * re, -t_im * im], [t_im * re, t_re * im]])
+    equation, order = "gom,gmn,bgjn->bgjo", [(1, 2), (0, 1)]
+    return jnp.einsum(equation, to_w, to_u, y, precision="highest", optimize=order)
+
+
+def readout_table(basis: Basis, readout: str) -> jax.Array:
+    """The map from y to w = C^T f(C y) as an array: (G, 2M, 2M) on flattened planes; (G, 2, 2, M) where C is diagonal.
+
+    `apply_readout` applies either.
+    """
+    c_re, c_im = c_planes(basis)
+    G, M = basis.a_log.shape
+    if c_re.ndim == 3:
+        eye = jnp.broadcast_to(jnp.eye(2 * M, dtype=c_re.dtype)[None, None], (1, G, 2 * M, 2 * M))
+        return mode_weights(basis, readout, eye)[0].swapaxes(-1, -2)
+    units = jnp.broadcast_to(jnp.eye(2, dtype=c_re.dtype)[None, None, :, :, None], (1, G, 2, 2, M))  # 1 and i
+    return to_planes(mode_weights(basis, readout, flatten_planes(units))[0]).swapaxes(1, 2)
 
 
 def linear_readout_row(basis: Basis, c_out: jax.Array) -> jax.Array:
     """c_out^T C as a row (G, 2M) that reads Re(c_out^T C X) off flattened planes of X, from c_out (G, M)."""
-    to_u, _ = output_matrices(basis, "transpose")
-    return jnp.einsum("gm,gmn->gn", c_out, to_u[:, : c_out.shape[1]], precision="highest")
+    c_re, c_im = c_planes(basis)
+    if c_re.ndim == 2:
+        return jnp.concatenate([c_out * c_re, -c_out * c_im], axis=-1)
+    rows = (jnp.einsum("gm,gmn->gn", c_out, c, precision="highest") for c in (c_re, -c_im))
+    return jnp.concatenate(list(rows), axis=-1)

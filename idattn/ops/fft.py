@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from idattn.ops.backend import Backend
 from idattn.ops.chunks import decay_state, lag_tables
-from idattn.ops.discretize import Basis, linear_readout_row, output_matrices
+from idattn.ops.discretize import Basis, linear_readout_row, mode_weights
 from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, real_part_row, to_planes
 from idattn.ops.segments import Segments
 
@@ -41,10 +41,9 @@ def interdomain(
     increments = _convolve(lags.transpose(1, 0, 2)[None, :, :, None], z[..., None])  # (B, T, G, W, 2M)
     states = increments + decay_state(decays.swapaxes(0, 1)[None], initial_state[:, None])
     X_k, X_v = jnp.split(states, [R], axis=-2)
-    to_u, to_w = output_matrices(basis, readout)
     queries = q.reshape(B, T, G, H // G, R).astype(z.dtype)
     y = jnp.einsum("btgjr,btgrm->btgjm", queries, X_k, precision="highest")
-    w = jnp.einsum("gom,gmn,btgjn->btgjo", to_w, to_u, y, precision="highest", optimize=[(0, 1), (0, 1)])
+    w = mode_weights(basis, readout, y.reshape(B * T, *y.shape[2:])).reshape(y.shape)
     o = jnp.einsum("btgjm,btgem->btgje", real_part_row(w), X_v, precision="highest")
     return o.reshape(B, T, H, -1).astype(q.dtype), states[:, -1]
 

@@ -230,12 +230,21 @@ def _pack_tables(block: Block, tables: Tables, dtype, names):
         "spread": tables.spread,
         "late_lags": tables.lags,
         "late_spread": tables.spread[:, ::-1],
-        "readout": _pad_modes(block, tables.readout, axis=1),
+        "readout": _pad_modes(block, _dense(tables.readout), axis=1),
     }
     stacked = jnp.concatenate([_pad_modes(block, rows[name]) for name in names], axis=1).astype(dtype)
     re, im = jnp.moveaxis(tables.decays, 2, 0)
     decays = jnp.concatenate([jnp.concatenate([re, re], axis=-1), jnp.concatenate([-im, im], axis=-1)], axis=1)
     return stacked, _pad_modes(block, decays)
+
+
+def _dense(readout):
+    """`Tables.readout` as matrices (G, 2M, 2M), which a systolic array multiplies by as fast as by a diagonal."""
+    if readout.ndim == 3:
+        return readout
+    G, _, _, M = readout.shape
+    blocks = readout[..., None] * jnp.eye(M, dtype=readout.dtype)[None, None, None]
+    return blocks.transpose(0, 1, 3, 2, 4).reshape(G, 2 * M, 2 * M)
 
 
 def _unpack_tables(block: Block, d_tables, d_decays, tables: Tables) -> Tables:
@@ -245,10 +254,13 @@ def _unpack_tables(block: Block, d_tables, d_decays, tables: Tables) -> Tables:
     same, other, at_end = jnp.split(d_decays, [K, 2 * K], axis=1)
     same, other = same.at[:, -1].add(at_end[:, 0]), other.at[:, -1].add(at_end[:, 1])
     (re_re, im_im), (re_im, im_re) = (jnp.split(_cut_modes(x, M), 2, axis=-1) for x in (same, other))
+    readout = _cut_modes(readout, M)
+    if tables.readout.ndim == 4:  # of a diagonal C: what lies off the modes is constant
+        readout = jnp.diagonal(readout.reshape(-1, 2, M, 2, M), axis1=2, axis2=4)
     return Tables(
         lags=(late_lags + lags[..., ::-1]).swapaxes(1, 2),
         decays=jnp.stack([re_re + im_im, re_im - im_re], axis=2),
-        readout=_cut_modes(readout, M),
+        readout=readout,
         spread=spread.swapaxes(1, 2),
     )
 
