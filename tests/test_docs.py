@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 from absl import flags
-from helpers import defined_flags
 from ml_collections import ConfigDict
+from support.helpers import defined_flags
 
 from idattn.cli import PROGRAMS, load
 from idattn.config import from_config_dict, quickstart

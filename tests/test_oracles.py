@@ -1,9 +1,8 @@
 """The oracles judge the ops, so they are judged first: by finite differences, and by a formula without a state."""
 
-import helpers
 import numpy as np
-import oracles
 import pytest
+from support import helpers, oracles
 
 SIZES = dict(B=2, T=9, H=4, G=2, R=3, E=2, M=3)
 SEGMENTS = np.array([[5, 5, 5, -1, 5, 5, 2, 5, 5], [-1, 1, 1, 1, 0, 0, 1, -1, -1]], np.int32)

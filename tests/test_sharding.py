@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
+from support.helpers import assert_close
 
 from idattn.config import (
     ComputeConfig,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from models import export_model
+from support.models import export_model
 
 import idattn
 from idattn.config import ComputeConfig, ModelConfig

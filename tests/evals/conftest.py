@@ -1,7 +1,7 @@
 """The small model that reads bytes in the evaluations' tests."""
 
 import pytest
-from models import make_model
+from support.models import make_model
 
 from idattn.inference import Decoder
 

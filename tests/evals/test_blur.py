@@ -5,10 +5,10 @@ import json
 
 import jax
 import numpy as np
-import oracles
 import pytest
 from flax import nnx
-from helpers import assert_close, defined_flags, random_case, random_linear_case, run_main
+from support import oracles
+from support.helpers import assert_close, defined_flags, random_case, random_linear_case, run_main
 
 from idattn.cli import plot_kernel
 from idattn.config import ComputeConfig, ModelConfig, quickstart

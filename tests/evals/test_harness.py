@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import assert_close
-from models import make_model, next_log_probs
+from support.helpers import assert_close
+from support.models import make_model, next_log_probs
 from tokenizers import Tokenizer, models
 
 from idattn.data import load_tokenizer

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close
-from models import V, make_model, next_log_probs
+from support.helpers import assert_close
+from support.models import V, make_model, next_log_probs
 
 from idattn.evals.length import corpus_paths, length_losses, mean_perplexities, plot_lengths
 from idattn.evals.scores import score_rows

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from flax import nnx
-from helpers import assert_close
+from support.helpers import assert_close
 
 from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from idattn.data import TokenWindows, eval_batches

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from models import next_log_probs
+from support.models import next_log_probs
 
 from idattn.data import load_tokenizer, mqar_rows
 from idattn.evals.recall import Question, ask, fingerprint, mqar_accuracy, passkey, phonebook

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import HYBRID, MIXERS, V, make_model, next_log_probs
+from support.helpers import assert_close
+from support.models import HYBRID, MIXERS, V, make_model, next_log_probs
 
 from idattn.inference import Decoder, right_pad
 

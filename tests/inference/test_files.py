@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from models import V, make_model
+from support.models import V, make_model
 
 from idattn.config import quickstart
 from idattn.inference import Decoder, load_context, load_weights, save_context, save_weights

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from helpers import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
-from models import HYBRID, MIXERS, V, make_model
+from support.helpers import assert_close
+from support.models import HYBRID, MIXERS, V, make_model
 
 from idattn.config import MeshConfig, quickstart
 from idattn.inference import Decoder, load_context, save_context

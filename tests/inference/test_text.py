@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import make_model
+from support.models import make_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from idattn.data import load_tokenizer

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from helpers import defined_flags, run_main
-from models import export_model
+from support.helpers import defined_flags, run_main
+from support.models import export_model
 
 from configs import study_mqar
 from configs.paper import get_config

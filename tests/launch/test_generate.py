@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from absl import flags
-from helpers import defined_flags, run_main
-from models import export_model
+from support.helpers import defined_flags, run_main
+from support.models import export_model
 
 from idattn.cli import generate
 from idattn.data.tokenizer import ByteTokenizer

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, TINY
+from support.runs import ROOT, TINY
 
 from idattn.cli.train import profile_window
 

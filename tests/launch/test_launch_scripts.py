@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY
+from support.runs import ROOT, TINY
 
 SCRIPTS = ["local", "slurm", "tpu"]
 SLICE = ["--name=pod", "--zone=europe-west4-b"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import defined_flags, run_main
+from support.helpers import defined_flags, run_main
 
 from idattn.cli import study
 from idattn.study.runner import Runner

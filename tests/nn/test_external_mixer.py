@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close
-from models import make_model, next_log_probs
-from moving_average import DECAY, MovingAverage
-from runs import make_config
+from support.helpers import assert_close
+from support.models import make_model, next_log_probs
+from support.moving_average import DECAY, MovingAverage
+from support.runs import make_config
 
 from idattn.choices import find_mixer
 from idattn.config import ComputeConfig, MeshConfig, ModelConfig, from_config_dict
@@ -19,7 +19,7 @@ from idattn.nn import Mixer
 from idattn.sharding import local_rows, make_mesh, place
 from idattn.train.step import Trainer
 
-NAME = "moving_average:MovingAverage"
+NAME = "support.moving_average:MovingAverage"
 
 
 def test_it_is_what_it_says():
@@ -87,8 +87,8 @@ class Unfinished(Mixer):
     [
         ("interdomian", r"mixer='interdomian' is not known\. Did you mean 'interdomain'"),
         ("no_such_module:Mixer", "mixer='no_such_module:Mixer' must be one of interdomain.*No module named"),
-        ("moving_average:Avarage", "mixer='moving_average:Avarage' must be one of.*has no attribute"),
-        ("moving_average:Average", "must be a subclass of idattn.nn.Mixer"),
+        ("support.moving_average:Avarage", "mixer='support.moving_average:Avarage' must be one of.*has no attribute"),
+        ("support.moving_average:Average", "must be a subclass of idattn.nn.Mixer"),
         (f"{__name__}:Unfinished", "must define __init__, flops, init_memory, memory_specs, state_size"),
     ],
 )

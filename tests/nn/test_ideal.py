@@ -4,10 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from flax import nnx
-from helpers import assert_close
+from support import oracles
+from support.helpers import assert_close
 
 from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig
 from idattn.nn import IdealAttention

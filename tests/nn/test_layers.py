@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close
+from support.helpers import assert_close
 
 from idattn.config import SSMConfig
 from idattn.nn.layers import HeadNorm, RMSNorm, ShortConv, StateBasis, feature_map, rotate_positions

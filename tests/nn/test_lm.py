@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close
+from support.helpers import assert_close
 
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn import Documents, LanguageModel

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from flax import nnx
-from helpers import assert_close
+from support import oracles
+from support.helpers import assert_close
 
 from idattn.choices import CELLS, MIXERS, find_mixer
 from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig

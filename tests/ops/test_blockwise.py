@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from helpers import assert_close, random_case, random_linear_case
+from support import oracles
+from support.helpers import assert_close, random_case, random_linear_case
 
 from idattn.ops import Basis, blockwise
 

@@ -4,15 +4,14 @@ import contextlib
 import dataclasses
 import functools
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from support import helpers, oracles
 
 from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step, pallas_tpu, step
 

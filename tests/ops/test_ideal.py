@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 import scipy.linalg
-from helpers import assert_close, random_segments
 from jax.test_util import check_grads
+from support import oracles
+from support.helpers import assert_close, random_segments
 
 from idattn.ops import IdealState, draw_frequencies, ideal_attention, ideal_step, random_features
 from idattn.ops.ideal import legs_change

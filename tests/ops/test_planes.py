@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from support.helpers import assert_close
 
 from idattn.ops import planes
 

@@ -1,11 +1,11 @@
 """The shapes in the annotations of the public functions are those of their arguments and results."""
 
-import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
+from support import helpers
 
 from idattn import ops
 from idattn.ops import Basis

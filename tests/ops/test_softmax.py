@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, segment_rows
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from support.helpers import assert_close, segment_rows
 
 from idattn.ops import softmax_attention
 from idattn.ops.segments import find_segments

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import defined_flags, run_main
+from support.helpers import defined_flags, run_main
 
 from idattn.cli import bench_decode
 from idattn.costs import count_parameters, decode_bytes

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from helpers import defined_flags, run_main
+from support.helpers import defined_flags, run_main
 
 from idattn.cli import bench_ops
 from idattn.ops import BACKENDS, chunkwise

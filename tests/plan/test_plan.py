@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import defined_flags, run_main
+from support.helpers import defined_flags, run_main
 
 from idattn.cli import plan
 from idattn.plan import search

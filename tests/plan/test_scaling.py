@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers import defined_flags, run_main
+from support.helpers import defined_flags, run_main
 
 from idattn.cli import scaling
 from idattn.config import MeshConfig

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close
+from support.helpers import assert_close
 
 from configs.paper import get_config
 from idattn.choices import MIXERS

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import assert_close
-from runs import STEPS, finish, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
+from support.helpers import assert_close
+from support.runs import STEPS, finish, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
 
 from idattn.config import MeshConfig
 from idattn.train.checkpoint import MANIFEST, load_params

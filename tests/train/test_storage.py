@@ -18,7 +18,7 @@ import tensorstore as ts
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
-from runs import assert_same_arrays, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
+from support.runs import assert_same_arrays, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
 
 from idattn.data import load_tokenizer
 from idattn.evals import harness

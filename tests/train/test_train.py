@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
-from runs import (
+from support.runs import (
     STEPS,
     assert_same_arrays,
     finish,

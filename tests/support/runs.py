@@ -24,7 +24,7 @@ from idattn.config import (
 )
 from idattn.train.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 # Flags of `idattn train`: a run of three steps, without text.
 TINY = [
