@@ -162,7 +162,7 @@ def test_state_follows_the_last_token_that_is_not_padding(name):
     """Ragged rows: a right-padded batch goes on exactly as each row by itself would."""
     mixer, x, more = make_mixer(name), inputs(), inputs(1, 3)
     lengths = (5, 8)
-    ids = jnp.where(jnp.arange(T) < jnp.asarray(lengths)[:, None], 0, -1)
+    ids = jnp.where(jnp.arange(T)[None] < jnp.asarray(lengths)[:, None], 0, -1)
     poisoned = jnp.where(ids[..., None] < 0, 1e4, x)
     padded, state = run(mixer, poisoned, ids, mixer.init_state(B, T + 3, x.dtype))
     after, _ = run(mixer, more, None, state)
