@@ -5,7 +5,7 @@ J = H / G, modes as 2M flattened planes, states as rows (..., G, W, 2M). `_skew`
 tokens s to lags l = t - s and back: it is its own inverse on lower triangles, and its own transpose.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from idattn.ops.chunks import (
     LagTables,
     Tables,
     apply_readout,
-    decay_state,
     final_state,
     lag_tables,
     last_tokens,
@@ -28,9 +27,8 @@ from idattn.ops.chunks import (
 from idattn.ops.discretize import Basis, discretize, linear_readout_row
 from idattn.ops.einsum import einsum_f32
 from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, power, to_planes
+from idattn.ops.scans import Scan, associative_scan, sequential_scan
 from idattn.ops.segments import PADDING, Segments
-
-Scan = Callable[..., tuple[jax.Array, jax.Array]]  # as `sequential_scan`
 
 GROUP = 16  # chunks worked on at the same time: enough to fill a processor, few enough to bound the memory
 
@@ -53,45 +51,6 @@ class _Read(NamedTuple):
     w: jax.Array  # with the sign of Re, width 2M
     decayed_w: jax.Array  # w_t lambda^{t+1}, width 2M
     weights: jax.Array  # P[t, s], width K
-
-
-def sequential_scan(
-    decay: jax.Array, increments: jax.Array, continues: jax.Array | None, first: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """before_{n+1} = continues_n decay before_n + increment_n with before_0 = first, one chunk after another.
-
-    Args:
-      decay: (G, 2, M).
-      increments: (N, B, G, W, 2M).
-      continues: (N, B, 1, 1, 1) booleans, or None for all true.
-      first: (B, G, W, 2M).
-
-    Returns:
-      before_0 ... before_{N-1} in the shape of `increments`, and before_N.
-    """
-
-    def advance(state, chunk):
-        increment, continues = chunk
-        decayed = decay_state(decay[None], state)
-        return (decayed if continues is None else jnp.where(continues, decayed, 0)) + increment, state
-
-    after, before = jax.lax.scan(advance, first, (increments, continues))
-    return before, after
-
-
-def associative_scan(
-    decay: jax.Array, increments: jax.Array, continues: jax.Array | None, first: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What `sequential_scan` returns, in a depth of log N instead of N."""
-    decay = jnp.broadcast_to(decay, (*increments.shape[:2], *decay.shape))
-    decay = decay if continues is None else jnp.where(continues, decay, 0)
-
-    def combine(early, late):
-        return complex_multiply(late[0], early[0]), decay_state(late[0], early[1]) + late[1]
-
-    decay, increments = jax.lax.associative_scan(combine, (decay, increments))
-    after = decay_state(decay, first[None]) + increments
-    return jnp.concatenate([first[None], after[:-1]]), after[-1]
 
 
 def forward(

@@ -221,7 +221,7 @@ def _cut_modes(x, M: int, axis: int = -1):
 
 
 def _pack_tables(block: Block, tables: Tables, dtype, names):
-    """The tables of products, stacked by rows in `dtype`, and the decays as `_rotate` reads them, float32.
+    """The tables of products, stacked by rows in `dtype`, and the decays as the kernels read them, float32.
 
     Lags go from the largest to the smallest in "lags" and "late_spread", and the other way in "spread" and "late_lags".
     """
