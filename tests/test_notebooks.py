@@ -31,7 +31,8 @@ def execute(kernel):
         notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert not any(cell.outputs or cell.execution_count for cell in cells), "committed with outputs"
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}"))
+        # %reset also forgets `__spec__`, which a module has and multiprocessing reads.
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n__spec__ = None\n%cd -q {folder}"))
         NotebookClient(notebook, km=kernel, timeout=300).execute()
         outputs = [output for cell in cells for output in cell.outputs]
         data = [output.get("data", {}) for output in outputs]

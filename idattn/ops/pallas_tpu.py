@@ -188,7 +188,7 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
-        name="interdomain" + kernel.__name__.removesuffix("_kernel"),
+        name="interdomain_" + kernel.__name__.removesuffix("_kernel"),
     )(last_chunk.astype(jnp.int32) + (0 if interpret else _requires_tpu.bind()), *arrays)
 
 
