@@ -10,16 +10,7 @@ idattn train --config=study_cpu:0.8M,softmax,1 --workdir=DIR
 """
 
 from idattn.choices import CELLS
-from idattn.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    SSMConfig,
-    TrainConfig,
-    to_config_dict,
-)
+from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, SSMConfig, TrainConfig
 from idattn.study import Study, grid
 
 FOLDER = "data/austen-4096"
@@ -36,22 +27,15 @@ STUDY = Study(
 
 def get_config(argument: str = "0.8M,interdomain,1"):
     """The config of one cell."""
-    cell = STUDY.cell(argument)
-    return to_config_dict(
+    return STUDY.config(
+        argument,
         Config(
-            seed=cell.seed,
             model=ModelConfig(
-                vocab_size=4096,
-                model_dim=64,
-                num_layers=4,
-                num_heads=2,
-                mlp_dim=256,
-                mixers=(cell.condition,),
-                ssm=SSMConfig(num_modes=32),
+                vocab_size=4096, model_dim=64, num_layers=4, num_heads=2, mlp_dim=256, ssm=SSMConfig(num_modes=32)
             ),
             data=DataConfig(source=FOLDER, holdout=(), tokenizer=f"{FOLDER}/tokenizer.model", seq_len=512),
             optim=OptimConfig(peak_lr=4e-3, warmup_steps=40),
             train=TrainConfig(steps=400, batch_size=8, eval_every=100, eval_batches=16, checkpoint_every=100),
             compute=ComputeConfig(dtype="float32", chunk_size=64),
-        )
+        ),
     )

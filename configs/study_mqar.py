@@ -8,16 +8,7 @@ With a loss on all tokens, several narrow heads or a start at 0.02 it stays near
 """
 
 from idattn.choices import CELLS
-from idattn.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    SSMConfig,
-    TrainConfig,
-    to_config_dict,
-)
+from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, SSMConfig, TrainConfig
 from idattn.study import Study, grid
 
 STUDY = Study(
@@ -27,17 +18,15 @@ STUDY = Study(
 
 def get_config(argument: str = "0.1M,softmax,42"):
     """The config of one cell."""
-    cell = STUDY.cell(argument)
-    return to_config_dict(
+    return STUDY.config(
+        argument,
         Config(
-            seed=cell.seed,
             model=ModelConfig(
                 vocab_size=257,
                 model_dim=64,
                 num_layers=2,
                 num_heads=1,
                 mlp_dim=128,
-                mixers=(cell.condition,),
                 init_std=0.125,
                 ssm=SSMConfig(num_modes=32),
             ),
@@ -45,5 +34,5 @@ def get_config(argument: str = "0.1M,softmax,42"):
             optim=OptimConfig(peak_lr=5e-3, warmup_steps=100, weight_decay=0.0),
             train=TrainConfig(steps=1500, batch_size=64, eval_every=250, checkpoint_every=1500),
             compute=ComputeConfig(dtype="float32", chunk_size=32),
-        )
+        ),
     )

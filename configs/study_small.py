@@ -8,7 +8,7 @@ accelerator was at hand.
 """
 
 from idattn.choices import CELLS
-from idattn.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_config_dict
+from idattn.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from idattn.study import Study, grid
 
 FOLDER = "data/small-8192"
@@ -26,15 +26,12 @@ STUDY = Study(
 
 def get_config(argument: str = "20M,interdomain,1"):
     """The config of one cell."""
-    cell = STUDY.cell(argument)
-    return to_config_dict(
+    return STUDY.config(
+        argument,
         Config(
-            seed=cell.seed,
-            model=ModelConfig(
-                vocab_size=8192, model_dim=384, num_layers=8, num_heads=6, mlp_dim=1024, mixers=(cell.condition,)
-            ),
+            model=ModelConfig(vocab_size=8192, model_dim=384, num_layers=8, num_heads=6, mlp_dim=1024),
             data=DataConfig(source=FOLDER, holdout=(), tokenizer=f"{FOLDER}/tokenizer.model", seq_len=2048),
             optim=OptimConfig(peak_lr=3e-3, warmup_steps=100),
             train=TrainConfig(steps=1600, batch_size=32, eval_every=200, checkpoint_every=200),
-        )
+        ),
     )

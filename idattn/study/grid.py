@@ -1,5 +1,6 @@
 """The cells of a study, and the records of their results: one JSON file each, small enough to be stored."""
 
+import dataclasses
 import importlib.metadata
 import itertools
 import platform
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from idattn.choices import check_choice
-from idattn.config import Config, from_config_dict
+from idattn.config import Config, from_config_dict, to_config_dict
 from idattn.files import read_json
 
 REMEDY = "Remove it to have the cell done again."
@@ -45,6 +48,20 @@ class Study:
         names = {str(cell): cell for cell in self.cells}
         check_choice("cell", text, names)
         return names[text]
+
+    def config(self, text: str, shared: Config) -> ConfigDict:
+        """The settings of a cell whose condition is a mixer.
+
+        Args:
+          text: SCALE,MIXER,SEED of the cell.
+          shared: the config of all cells; the cell's mixer and seed replace its own.
+
+        Raises:
+          ValueError: as `cell`.
+        """
+        cell = self.cell(text)
+        model = dataclasses.replace(shared.model, mixers=(cell.condition,))
+        return to_config_dict(dataclasses.replace(shared, seed=cell.seed, model=model))
 
 
 def grid(scales: Iterable[str], conditions: Iterable[str], seeds: Iterable[int]) -> tuple[Cell, ...]:
