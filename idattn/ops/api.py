@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,22 @@ BACKENDS = {
     for backend in (pallas_tpu.BACKEND, chunkwise.BACKEND, chunkwise.ASSOCIATIVE, recurrent.BACKEND, fft.BACKEND)
 }
 AUTO = "auto"
+
+
+@overload
+def interdomain_attention(
+    q: Queries, k: Keys, v: Values, basis: Basis, *, backend: str | Backend = AUTO,
+    chunk_size: int | None = None, segment_ids: SegmentIds | Segments | None = None,
+    initial_state: State | None = None, return_state: Literal[False] = False, readout: str = "transpose",
+) -> Outputs: ...  # fmt: skip
+
+
+@overload
+def interdomain_attention(
+    q: Queries, k: Keys, v: Values, basis: Basis, *, backend: str | Backend = AUTO,
+    chunk_size: int | None = None, segment_ids: SegmentIds | Segments | None = None,
+    initial_state: State | None = None, return_state: Literal[True], readout: str = "transpose",
+) -> tuple[Outputs, State]: ...  # fmt: skip
 
 
 def interdomain_attention(
@@ -104,6 +120,22 @@ def interdomain_attention(
             rule = _by_platform(chosen.name, rule, q, k, v, M, size, dtype)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
+
+
+@overload
+def linear_readout(
+    z: jax.Array, basis: Basis, c_out: jax.Array, *, backend: str | Backend = AUTO,
+    chunk_size: int | None = None, segment_ids: SegmentIds | Segments | None = None,
+    initial_state: State | None = None, return_state: Literal[False] = False,
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def linear_readout(
+    z: jax.Array, basis: Basis, c_out: jax.Array, *, backend: str | Backend = AUTO,
+    chunk_size: int | None = None, segment_ids: SegmentIds | Segments | None = None,
+    initial_state: State | None = None, return_state: Literal[True],
+) -> tuple[jax.Array, State]: ...  # fmt: skip
 
 
 def linear_readout(
