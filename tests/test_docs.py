@@ -20,6 +20,8 @@ from idattn.config import from_config_dict, quickstart
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAME = re.compile(r"`(idattn(?:\.\w+)+)")
 COMMAND = re.compile(r"(?:(?:python -m launch\.|\bidattn (?=[\w-]+ --))([\w-]+)|launch/\w+\.sh)((?:\\\n|[^`\n])*)")
 
 
@@ -36,28 +38,36 @@ def commands() -> list[tuple[str, ...]]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_links(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).is_file()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_settings(page):
     for setting in re.findall(r"--config\.([\w.]+)", page.read_text()):
         functools.reduce(getattr, setting.split("."), quickstart())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_names(page):
-    """Names of the package and of its tests that a page writes as code are there."""
+    """Names of the package and of its tests that a page writes as code or imports are there."""
     text = page.read_text()
-    for name in re.findall(r"`(idattn(?:\.\w+)+)", text):
+    imports = re.findall(r"from (idattn[\w.]*) import ([\w, ]+)", text)
+    for name in NAME.findall(text) + [f"{module}.{x}" for module, names in imports for x in re.findall(r"\w+", names)]:
         pkgutil.resolve_name(name)
     for file in re.findall(r"`((?:idattn|tests|launch|configs|results)/[\w/.]+\.\w+)", text):
         assert "NAME" in file or (ROOT / file).is_file(), file
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
         assert f"\ndef {name}(" in (ROOT / file).read_text(), name
+
+
+def test_names_in_comments():
+    """Names of the package that its comments and docstrings write as code are there."""
+    files = [file for folder in ("idattn", "configs", "launch", "tests") for file in (ROOT / folder).rglob("*.py")]
+    for name in sorted({name for file in files for name in NAME.findall(file.read_text())}):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
