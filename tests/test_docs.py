@@ -26,16 +26,22 @@ COMMAND = re.compile(r"(?:(?:python -m launch\.|\bidattn (?=[\w-]+ --))([\w-]+)|
 
 
 def commands() -> list[tuple[str, ...]]:
-    """(entry point, arguments...) of every command in the pages; the scripts hand a run's settings to launch.train."""
-    found = set()
-    for page in PAGES:
-        for name, rest in COMMAND.findall(page.read_text()):
+    """(entry point, arguments...) of every command in the pages and in the docstrings of programs and configs.
+
+    The scripts hand a run's settings to launch.train.
+    """
+    texts = [page.read_text() for page in PAGES]
+    for file in (*ROOT.glob("configs/*.py"), *ROOT.glob("idattn/cli/*.py"), *ROOT.glob("launch/*.py")):
+        texts += re.findall(r"^(?:idattn|python -m) (?:\\\n|.)*", file.read_text(), re.MULTILINE)
+    distinct = set()
+    for text in texts:
+        for name, rest in COMMAND.findall(text):
             arguments = shlex.split(rest.replace("\\\n", " "), comments=True)
             if not name:
                 arguments = [word for word in arguments if word.startswith(("--config", "--workdir"))]
             if name or arguments:
-                found.add((name or "train", *arguments))
-    return sorted(found)
+                distinct.add((name or "train", *arguments))
+    return sorted(distinct)
 
 
 @pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
