@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 import numpy as np
 
-_RULES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
+_TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
 
 
 def check_types(section: Any) -> None:
@@ -52,7 +52,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         (element, _) = get_args(kind)
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r} must be a tuple, each element {_RULES[element]}.")
+            raise ValueError(f"{name}={value!r} must be a tuple, each element {_TYPE_NAMES[element]}.")
         return tuple(_checked(f"{name}[{i}]", x, element) for i, x in enumerate(value))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, kind):
@@ -61,11 +61,11 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     scalar = value.item() if isinstance(value, np.generic) else value
     accepted = int | float if kind is float else kind
     if not isinstance(scalar, accepted) or isinstance(scalar, bool) != (kind is bool):
-        raise ValueError(f"{name}={value!r} must be {_RULES[kind]}.")
+        raise ValueError(f"{name}={value!r} must be {_TYPE_NAMES[kind]}.")
     try:
         scalar = kind(scalar)
     except OverflowError:  # an int past the largest float
         scalar = math.inf
     if kind is float and not math.isfinite(scalar):
-        raise ValueError(f"{name}={value!r} must be {_RULES[kind]}.")
+        raise ValueError(f"{name}={value!r} must be {_TYPE_NAMES[kind]}.")
     return scalar

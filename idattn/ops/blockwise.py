@@ -1,12 +1,12 @@
 """Decoding in blocks of K tokens that start from one state, which is only written at their end.
 
-With X^0 the state before the block, s, t counted
-inside the block from 0 and y, w as in `idattn.ops.discretize`,
+With X^0 the state before the block, s and t counted inside the block from 0, and y, w as in `idattn.ops.discretize`,
 
     y_t = lambda^{t+1} (X_k^0 q_t) + sum_{s<=t} (q_t . k_s) beta lambda^{t-s}
     o_t = Re (w_t lambda^{t+1})^T X_v^0 + sum_{s<=t} Re(w_t^T beta lambda^{t-s}) v_s
 
-so that a token moves the state once rather than twice, and the K tokens of the block, which are small beside it.
+So a token only reads the state, which `idattn.ops.step` also writes. The K tokens of the block, which it reads too, are
+small next to the state.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from idattn.ops.planes import complex_matrix, complex_multiply, conjugate, flatt
 
 
 class Block(NamedTuple):
-    """The tokens of a block so far, and what its basis makes of lags; float32 but for the tokens."""
+    """The tokens of a block so far, and the powers of its basis by lag; all but the tokens are float32."""
 
     tokens: jax.Array  # (B, K, G, W), [k, v] as they came; zeros where none has come yet
     decays: jax.Array  # (K + 1, G, 2, M), lambda^l
@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
 
 def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.dtype) -> Block:
-    """A block without tokens, with room for K = `size` of `width` numbers a head."""
+    """An empty block with room for K = `size` tokens of `width` numbers a head."""
     lam, beta = discretize(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), basis))
     decays = powers(lam, size)
     lags = complex_multiply(beta[None], decays[size - 1 :: -1])
@@ -37,7 +37,7 @@ def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.
 
 
 def add_token(block: Block, z: jax.Array) -> Block:
-    """The block with one token more, z (B, G, W)."""
+    """The block with one more token, z (B, G, W)."""
     tokens = jax.lax.dynamic_update_slice_in_dim(block.tokens, z[:, None].astype(block.tokens.dtype), block.count, 1)
     return block._replace(tokens=tokens, count=block.count + 1)
 
@@ -51,8 +51,8 @@ def interdomain(
       q: (B, H, R) features of its queries.
       basis: parameters of the G states.
       states: (L, B, G, R + E, 2M) before the block, of a stack of layers: sliced here, so that it is not copied.
-      layer: () int32, which of them.
-      block: with the token.
+      layer: () int32, the layer's index in the stack.
+      block: whose newest token is this one.
       readout: as in `idattn.ops.interdomain_attention`.
     """
     B, H, R = q.shape
@@ -82,8 +82,8 @@ def close_block(state: jax.Array, block: Block) -> jax.Array:
     """The state (B, G, W, 2M) after the block, in its dtype."""
     eye = jnp.eye(state.shape[-1] // 2, dtype=block.decays.dtype)[None]
     re, im = (x[..., None] * eye for x in jnp.moveaxis(_decay(block), 1, 0))
-    # The decays as matrices of flattened planes: XLA adds two products in one pass over the state, which complex
-    # arithmetic on its planes takes several for.
+    # With the decays as matrices of flattened planes, XLA adds two products in one pass over the state. Complex
+    # arithmetic on planes would take several passes.
     decay = complex_matrix(re, im)
     decayed = jnp.einsum("gom,bgwm->bgwo", decay, state.astype(decay.dtype), precision="highest")
     increment = jnp.einsum(

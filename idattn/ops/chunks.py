@@ -12,9 +12,9 @@ With X^0 the state at a chunk's start and t, s counted inside the chunk from 0,
 Decays enter only as powers lambda^l with l >= 0, through tables over the lag l = t - s, so nothing overflows,
 however fast a mode forgets. The states at the chunks' starts are the only thing that crosses chunks.
 
-A backend is a pair of functions, `forward` and `backward`, of whole chunks: the tables are inputs with cotangents of
-their own, which JAX carries on to the parameters. Between the two only the inputs are kept. docs/kernels.md derives
-both passes.
+A backend is a pair of functions, `forward` and `backward`, of whole chunks. The tables are inputs of both: `backward`
+returns their cotangents, and JAX derives those of the parameters. Only the inputs are stored between the two.
+docs/kernels.md derives both passes.
 """
 
 from collections.abc import Sequence

@@ -43,7 +43,7 @@ class _Masks(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What the queries of a chunk make of the state, (B, G, N, J, K, ...)."""
+    """What the queries of a chunk compute from the chunk and its start state, (B, G, N, J, K, ...)."""
 
     scores: jax.Array  # S[t, t - l], width K
     response: jax.Array  # X_k^0 q_t, width 2M

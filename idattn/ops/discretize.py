@@ -5,8 +5,8 @@ Continuous parameters become the coefficients of the recurrence X_t = Lambda X_{
     a = -exp(a_log) + i a_imag,   Delta = exp(log_delta)
     lambda = exp(Delta a),        beta = (lambda - 1) / a        (zero-order hold of a one-valued input)
 
-and C becomes the map from what a query finds among the keys, y = X_k q, to the weights that it puts on the
-modes of the values, w = C^T f(C y), where f is the identity ("transpose", eq. 13), the conjugate ("hermitian") or
+and C becomes the map from the response of the keys' state to a query, y = X_k q, to the query's weights on the modes
+of the values, w = C^T f(C y), where f is the identity ("transpose", eq. 13), the conjugate ("hermitian") or
 the real part ("real"), so that o = Re(w^T X_v) without ever forming U = C X_k or Gamma = C X_v.
 
 Everything here is a function of the parameters alone: small, computed once a call, in float32 or float64.
@@ -100,7 +100,7 @@ def mode_weights(basis: Basis, readout: str, y: jax.Array) -> jax.Array:
     Args:
       basis: its `c` in any of the forms that Basis allows.
       readout: "transpose", "hermitian" or "real".
-      y: (B, G, J, 2M) flattened planes, what each query finds among the keys.
+      y: (B, G, J, 2M) flattened planes, the response X_k q to each query.
 
     Returns:
       w (B, G, J, 2M).

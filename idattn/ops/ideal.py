@@ -1,6 +1,6 @@
 """The paper's ideal layer (eq. 3-9): kernel features of the keys and the values, projected online on polynomials.
 
-Two approximations of kernel regression, sum_s K(q, k_s) v_s / sum_s K(q, k_s), each with a size of its own:
+Two approximations of kernel regression, sum_s K(q, k_s) v_s / sum_s K(q, k_s), each with its own size:
 
 * R random features stand for the kernel, K(q, k) ~ xi(q)^T xi(k) (eq. 3-5);
 * M scaled Legendre polynomials over [0, t] stand for the past (HiPPO-LegS, eq. 6): after t tokens, token s having
@@ -27,7 +27,7 @@ from idattn.shapes import SegmentIds
 
 
 class IdealState(NamedTuple):
-    """What the ideal layer carries from token to token."""
+    """The state of the ideal layer after a token."""
 
     coefficients: jax.Array  # (B, H, M, R + E): U, then Gamma
     position: jax.Array  # (B,) int32, tokens of the document so far
@@ -40,7 +40,10 @@ def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, 
       seed: of NumPy's default generator.
       kind: "positive" or "fourier".
       num_features: R, even for "fourier", which makes two features of a frequency.
-      shape: (width,) of what the features are of, or (H, width) for H sets of them.
+      shape: (width,) of the vectors whose features are wanted, or (H, width) for H sets of frequencies.
+
+    Raises:
+      ValueError: `kind` is unknown, or `num_features` is odd for "fourier" or below 1.
     """
     check_choice("kind", kind, FEATURES)
     pairs = kind == "fourier"
@@ -60,6 +63,9 @@ def random_features(x: jax.Array, frequencies: jax.Array | np.ndarray, kind: str
 
     Returns:
       (..., R) with R = 2n for "fourier" and n for "positive".
+
+    Raises:
+      ValueError: `kind` is unknown.
     """
     check_choice("kind", kind, FEATURES)
     scale = 1 / math.sqrt(frequencies.shape[-1])
@@ -70,13 +76,13 @@ def random_features(x: jax.Array, frequencies: jax.Array | np.ndarray, kind: str
 
 
 def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Array:
-    """E - I, with E = exp(-A ln(t / (t - 1))), of the token after `position` = t - 1 others, (..., M, M).
+    """E - I with E = exp(-A ln(t / (t - 1))), (..., M, M), for the token that `position` = t - 1 tokens precede.
 
-    E turns a signal's coefficients over [0, t - 1] into those over [0, t] of the signal that goes on with zero. Its
-    entries are therefore (1 - 1/t) int_0^1 g_n((1 - 1/t) x) g_k(x) dx, which Gauss's rule of M nodes integrates exactly
+    E turns a signal's coefficients over [0, t - 1] into those over [0, t] of the signal that continues with zero. Its
+    entries are therefore (1 - 1/t) int_0^1 g_n((1 - 1/t) x) g_k(x) dx. Gauss's rule of M nodes integrates them exactly,
     with numbers of the size of the result; the eigenvectors of A are powers of x, conditioned like 6^M. The recursion
-    of the polynomials runs on the differences P_n(x') - P_n(x), so that what is near zero for large t has no error of
-    the size of I, which tokens would add up.
+    of the polynomials computes the differences P_n(x') - P_n(x). Entries that are near zero for large t therefore have
+    no rounding error of the size of I, which would add up over the tokens.
 
     Args:
       position: (...) integers from 0, for which the result is -I.
@@ -86,7 +92,7 @@ def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Ar
     nodes, _ = np.polynomial.legendre.leggauss(num_modes)
     degrees = np.arange(num_modes)
     at_nodes = np.polynomial.legendre.legvander(nodes, num_modes - 1)  # (nodes, M)
-    weights = 1 / (at_nodes**2 @ (2 * degrees + 1))  # as Christoffel numbers, a hundredfold more accurate
+    weights = 1 / (at_nodes**2 @ (2 * degrees + 1))  # Christoffel's formula: 100 times as accurate as leggauss
     step = 1 / (position.astype(dtype) + 1)
     lead = [1] * position.ndim
 
@@ -115,11 +121,22 @@ def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Ar
 def ideal_step(
     q: jax.Array, k: jax.Array, v: jax.Array, state: IdealState, *, floor: float = 1e-6
 ) -> tuple[jax.Array, IdealState]:
-    """One token of `ideal_attention`: q and k (B, H, R), v (B, H, E) to the output (B, H, E) and the state after it."""
+    """One token of `ideal_attention`.
+
+    Args:
+      q: (B, H, R) features of the queries.
+      k: (B, H, R) features of the keys.
+      v: (B, H, E) values.
+      state: before the token.
+      floor: as in `ideal_attention`.
+
+    Returns:
+      The outputs (B, H, E) in the dtype of `v`, and the state after the token.
+    """
     coefficients, position = state
     dtype, R, M = coefficients.dtype, q.shape[-1], coefficients.shape[2]
     f = jnp.concatenate([k, v], axis=-1).astype(dtype)
-    starts = position[:, None, None, None] == 0  # where -I would forget all, but for rounding
+    starts = position[:, None, None, None] == 0  # there E = 0, but adding -I would leave rounding errors
     coefficients = jnp.where(starts, 0, coefficients)
     change = legs_change(position, M, dtype)
     coefficients += jnp.einsum("bnm,bhmw->bhnw", change, coefficients.at[:, :, 0].add(-f), precision="highest")
@@ -146,13 +163,13 @@ def ideal_attention(
 
         o = sum_m (xi(q)^T u_m) gamma_m / sum_m (xi(q)^T u_m) eta_m
 
-    Safeguard: the denominator estimates the mean of K(q, k_s), which is positive. Where it is at most `floor`, no key
-    is near the query or the features are too few to tell, and the output is the plain mean of the values, gamma_0,
-    as of an infinitely wide kernel. So no output exceeds |numerator| / floor, and features that are at least 0 meet
-    it only where the kernel is that small. No gradient passes through the denominator there.
+    The denominator estimates the mean of K(q, k_s), which is positive. Where the estimate is at most `floor`, no key is
+    near the query or the features are too few. The output there is the mean of the values, gamma_0, which an
+    infinitely wide kernel would give, and no gradient passes through the denominator. So no output exceeds
+    |numerator| / floor. With features that are at least 0, this happens only where the kernel itself is that small.
 
-    A token costs M^2 (R + E) operations a head and M^3 a row, and a backward pass keeps the coefficients of every
-    token: a reference, not the layer to scale.
+    A token costs M^2 (R + E) operations a head and M^3 a row, and the backward pass stores the coefficients of every
+    token. So this is a reference for small models, not a layer to scale.
 
     Args:
       q: (B, T, H, R) features of the queries, `random_features`.
@@ -161,8 +178,8 @@ def ideal_attention(
       num_modes: M, at least 1.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document; -1 marks padding, whose
         output is 0 and which leaves the state as it is.
-      initial_state: what an earlier call returned, to go on from there; None to start anew.
-      floor: see above; greater than 0.
+      initial_state: as returned by an earlier call, to resume from there; None to start anew.
+      floor: greater than 0; see above.
 
     Returns:
       The outputs (B, T, H, E) in the dtype of `v`, and the state after each row's last token that is not padding;

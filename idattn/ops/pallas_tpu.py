@@ -103,7 +103,7 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
     state = jax.ShapeDtypeStruct(_state_shape(block, k), jnp.float32)
     q_, k_, v_ = _by_lanes(block, q, k, v)
 
-    # Little work a chunk, so several chunks in a program; the last may reach past the end, for nothing.
+    # A chunk has little work here, so a program takes several. The last one may compute chunks past the end in vain.
     specs = _Specs(block, G // block.heads, -(-chunks // MERGED), merged=min(MERGED, chunks))
     arrays = [k_, v_, *_pack_tables(block, tables, q.dtype, ("lags",))]
     in_specs = [specs.key(R), specs.key(E), *map(specs.table, arrays[2:])]
@@ -193,9 +193,9 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
 
 
 def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False) -> Block:
-    """The block with the most heads, of those that fill whole tiles of lanes or are all, within the limits.
+    """The block with the most heads within the limits, where heads fill whole tiles of lanes or are all there are.
 
-    Not all heads if it can be half of them: the two cores of a v5p work on different blocks.
+    Half of the heads are preferred to all of them, since the two cores of a v5p work on different blocks.
     """
     H, R = q.shape[2:]
     G, E = k.shape[2], v.shape[3]
@@ -221,7 +221,7 @@ def _cut_modes(x, M: int, axis: int = -1):
 
 
 def _pack_tables(block: Block, tables: Tables, dtype, names):
-    """The tables of products, stacked by rows in `dtype`, and the decays as the kernels read them, float32.
+    """The tables that enter products, stacked by rows in `dtype`, and the decays as the kernels read them, float32.
 
     Lags go from the largest to the smallest in "lags" and "late_spread", and the other way in "spread" and "late_lags".
     """

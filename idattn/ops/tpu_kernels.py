@@ -1,16 +1,16 @@
 """The bodies of the TPU kernels of `idattn.ops.pallas_tpu`: what one program makes of a block of heads and a chunk.
 
 See `idattn.ops.chunks` for the equations. The grid goes over blocks of heads, rows of the batch and, innermost and in
-order, chunks; the state is carried in scratch memory. A block's heads are independent chains of small products, so
-every stage is written for all of them before the next one: while one product of a chain is in the systolic arrays,
-those of the other heads are too.
+order, chunks; the state stays in scratch memory from chunk to chunk. A block's heads are independent chains of small
+products. Every stage is written for all heads before the next stage, so that the systolic arrays work on the products
+of other heads while one of them is under way.
 
-Layouts. Heads lie side by side in the lanes of q, k, v and o, (K, heads * width); a head is the lanes that are not
-masked within its window of whole 128-lane tiles, so that nothing has to be moved. States are transposed, (heads *
-width, 2M): rows are features, lanes are modes, real planes before imaginary ones, padded with zero modes to whole
-tiles. Columns of K x K matrices turn from tokens s to lags t - s and back by one roll whose stride is one lane a row,
-which goes to the right only: products that are about to be rolled have k or v reversed (by a permutation matrix) or
-read tables from the largest lag to the smallest.
+Layouts. Heads lie side by side in the lanes of q, k, v and o, (K, heads * width). A head is read as a window of whole
+128-lane tiles in which the lanes of other heads are masked, so that nothing has to be moved. States are transposed,
+(heads * width, 2M): rows are features and lanes are modes, the real plane before the imaginary one, each padded with
+zero modes to whole tiles. One roll, whose stride is one lane a row, turns the columns of a K x K matrix from tokens s
+to lags t - s, and back. A roll goes to the right only. So products that are about to be rolled have k or v reversed (by
+a permutation matrix), or read tables from the largest lag to the smallest.
 """
 
 from typing import NamedTuple
@@ -35,14 +35,14 @@ class Block(NamedTuple):
     E: int
     M2: int  # 2M, padded
     has_segments: bool
-    has_state: bool  # the sequence goes on from a state
+    has_state: bool  # the sequence starts from a given state
 
     @property
     def width(self) -> int:
         return self.heads * (self.R + self.E)
 
     def vmem_bytes(self, itemsize: int) -> int:
-        """About what the backward kernel takes: its blocks twice, to load one while the other is worked on."""
+        """Roughly the memory of the backward kernel. A block counts twice: the next one is loaded meanwhile."""
         K, M2, W = self.K, self.M2, self.R + self.E
         tables = (4 * K + M2) * M2 * itemsize + 2 * K * M2 * 4
         d_tables = (3 * K + M2) * M2 * 4 + (2 * K + 8) * M2 * 4
@@ -56,7 +56,7 @@ class Block(NamedTuple):
         return [(h, j) for h in range(self.heads) for j in range(self.J)]
 
     def rows(self, h: int, width: int, offset: int = 0) -> slice:
-        """Where head h is among rows that are features."""
+        """The rows of head h in an array whose rows are features."""
         return slice(offset + h * width, offset + (h + 1) * width)
 
 
@@ -71,7 +71,7 @@ class _Masks(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What one query head makes of a chunk: `idattn.ops.chunkwise._Read`, lags ascending."""
+    """What one query head computes from a chunk, as in `idattn.ops.chunkwise._Read`; lags ascend."""
 
     scores: jax.Array
     response: jax.Array
@@ -88,7 +88,7 @@ def _dot(x, y, contract=(1, 0)):
 
 
 def _window(h: int, width: int, total: int) -> slice:
-    """The whole tiles of lanes that head h has a part in."""
+    """The whole tiles of lanes that hold any of head h."""
     return slice(h * width // LANES * LANES, min(-(-(h + 1) * width // LANES) * LANES, total))
 
 
@@ -156,7 +156,7 @@ def _flip(block: Block, x):
 
 
 def _views(ref, K: int, names) -> dict:
-    """The tables in ref (heads, rows, 2M), functions of the head: K rows each, and what remains for the last one."""
+    """The tables stacked in ref (heads, rows, 2M), as functions of the head: K rows each, of the readout the rest."""
     rows = {name: slice(i * K, (i + 1) * K) for i, name in enumerate(names)}
     if names[-1] == "readout":
         rows["readout"] = slice((len(names) - 1) * K, None)
@@ -164,9 +164,9 @@ def _views(ref, K: int, names) -> dict:
 
 
 def _decay(x, decays_ref, h: int, *, conjugate: bool = False, end: bool = False):
-    """Each mode of x times lambda^{t+1}, or its conjugate, t being the row (`end`: K - 1 in all rows); and swapped x.
+    """x times lambda^{t+1}, or its conjugate, mode by mode, where t is the row; and x with its planes swapped.
 
-    The table holds [re, re] for every t and then [-im, im].
+    With `end`, t is K - 1 in all rows. The table holds [re, re] for every t and then [-im, im].
     """
     K = decays_ref.shape[1] // 2
     first = K - 1 if end else 0
@@ -176,7 +176,7 @@ def _decay(x, decays_ref, h: int, *, conjugate: bool = False, end: bool = False)
 
 
 def _read(block: Block, q, flipped, X, tables, decays_ref, masks: _Masks) -> dict:
-    """What every query head makes of a chunk, from q (J, K, heads * R), k flipped and X in the dtype of products."""
+    """What every query head computes from q (J, K, heads * R), k reversed and X, both in the dtype of products."""
     dtype, R = flipped.dtype, block.R
     scores, response, decayed_response, w, decayed_w, weights = ({} for _ in range(6))
     for h, j in block.chains:
@@ -207,7 +207,7 @@ def _advance(block: Block, k, v, X, lags, decays_ref, masks: _Masks):
 
 
 def _split_refs(block: Block, refs, inputs: int):
-    """The refs of the runs and the initial state, if there are any, and the others: `inputs` inputs, then outputs."""
+    """The refs of the runs and of the initial state, or None, and all others: `inputs` inputs, then outputs."""
     refs = list(refs)
     runs = refs.pop(0) if block.has_segments else None
     first = refs.pop(inputs) if block.has_state else None
@@ -221,6 +221,7 @@ def _begin(first_ref, state):
 
 
 def forward_kernel(last_ref, *refs, block: Block):
+    """The outputs of a chunk, and the state at the start of each row's last chunk."""
     runs_ref, first_ref, refs = _split_refs(block, refs, 5)
     q_ref, k_ref, v_ref, tables_ref, decays_ref, o_ref, last_start_ref, state = refs
     E, dtype = block.E, q_ref.dtype
@@ -259,6 +260,7 @@ def starts_kernel(last_ref, *refs, block: Block):
 
 
 def backward_kernel(last_ref, *refs, block: Block):
+    """The cotangents of a chunk's q, k and v, and those of the tables and the initial state, summed over chunks."""
     runs_ref, _, refs = _split_refs(block._replace(has_state=False), refs, 8)
     q_ref, k_ref, v_ref, d_o_ref, starts_ref, tables_ref, decays_ref, d_last_ref, *refs = refs
     d_q_ref, d_k_ref, d_v_ref, d_tables_ref, d_decays_ref, d_first_ref, d_state = refs
@@ -277,7 +279,7 @@ def backward_kernel(last_ref, *refs, block: Block):
     k, v, X, d_X = k_ref[0], v_ref[0], starts_ref[0, 0, 0], d_state[...]
     X_k, X_v, d_X_rounded = X[: heads * R], X[heads * R :], d_X.astype(dtype)
     v_flipped = _flip(block, v)
-    # Transposed, a head is rows of its own, and products with it fill the systolic array.
+    # In transposed arrays a head is a range of rows, so that products with it fill the systolic array.
     k_T, v_T, q_T, d_o_T = k.T, v.T, [q_ref[0, j].T for j in range(J)], [d_o_ref[0, j].T for j in range(J)]
     read = _read(block, q_ref[0], _flip(block, k), X, tables, decays_ref, masks)
     d_weights, d_decayed_w, d_w, d_scores, d_decayed_response, d_response, d_same, d_other = ({} for _ in range(8))
