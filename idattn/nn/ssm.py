@@ -197,10 +197,10 @@ class SSMMixer(Mixer):
     rope: ClassVar[bool]
 
     def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.check(config)
         self._build(config, self.rope, residual_std, compute, rngs)
 
     def _build(self, config: ModelConfig, rope: bool, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
-        self.check(config)
         self.config = config
         D, G, R, ssm = config.model_dim, config.num_kv_heads, config.head_dim, config.ssm
 

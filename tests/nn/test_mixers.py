@@ -213,6 +213,8 @@ def test_bad_sizes_of_the_layer():
         InterdomainAttention(12, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="head_dim=3 .* must be even"):
         InterdomainAttention(12, 4, rngs=nnx.Rngs(0))
+    odd = InterdomainAttention(D, 4, rope=False, rngs=nnx.Rngs(0))  # only rotary positions need pairs of channels
+    assert run(odd, inputs())[0].shape == (B, T, D)
     with pytest.raises(TypeError, match="modes"):
         InterdomainAttention(12, 2, rngs=nnx.Rngs(0), modes=3)
 
