@@ -1,9 +1,9 @@
-"""The documents of a batch, found once for all layers, and what crosses from shard to shard of a sequence.
+"""The documents of a batch, computed once for all layers, and what crosses between the shards of a sequence.
 
-Everything that a token mixer carries along the sequence changes as value -> decay * value + increment over a shard's
-tokens. So each shard first finds its pair of decay and increment, an exclusive scan over the mesh axis makes the value
-at the start of each shard of them, in log2(shards) exchanges, and the mixer runs with that as its initial state. The
-axis is None where the sequence is whole; then nothing is exchanged.
+Whatever a token mixer hands along the sequence changes as value -> decay * value + increment over a shard's tokens. So
+each shard first computes its decay and its increment. An exclusive scan over the mesh axis then computes the value at
+the start of each shard, in log2(shards) exchanges, and the mixer starts from that value. The axis is None where the
+sequence is whole; then nothing is exchanged.
 """
 
 import operator
@@ -27,7 +27,7 @@ class Documents(NamedTuple):
 
     @property
     def segments(self) -> Segments | None:
-        """The same as the ops take it, inside a shard."""
+        """The documents as `idattn.ops` takes them, inside a shard."""
         if self.run is None or self.last is None:  # both or neither
             return None
         return Segments(self.run, self.last[:, 0])
@@ -66,7 +66,7 @@ def _find_on_shard(segment_ids: jax.Array, start: jax.Array, axis: str | None) -
         positions, end = document_positions(segments, start)
         return Documents(positions, run, last[:, None]), end
     first = segment_ids[:, 0]
-    # Padding changes nothing, so what comes before passes.
+    # Padding changes no state, so the document before it continues.
     continues = (_from_previous(segment_ids[:, -1], axis) == first) | (first == PADDING)
     continues |= jax.lax.axis_index(axis) == 0
     _, length = document_positions(segments, jnp.zeros_like(start))  # of the last token's document in this shard
@@ -86,22 +86,22 @@ def exclusive_scan(
     apply: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
     compose: Callable[[jax.Array, jax.Array], jax.Array] = operator.mul,
 ) -> jax.Array:
-    """The value at the start of each shard, where a shard makes apply(decay, value) + increment of it.
+    """The value at the start of each shard, where every shard changes it to apply(decay, value) + increment.
 
     Args:
-      decay: of the shard, 0 where nothing of the value remains.
-      increment: what the shard's tokens make of a value of 0.
+      decay: of the shard's tokens, 0 where they forget the value.
+      increment: the value after the shard's tokens where it was 0 before them.
       first: the value at the start of shard 0.
       axis: the mesh axis of the shards.
-      apply: decays a value.
-      compose: two decays, the later one first, as one.
+      apply: (decay, value) -> what remains of the value.
+      compose: (later decay, earlier decay) -> the decay over both.
     """
     if axis is None:
         return first
     index, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     increment = jnp.where(index == 0, increment + apply(decay, first), increment)
     step = 1
-    while step < shards:  # where nothing comes, zeros do: right, as before shard 0 there is nothing
+    while step < shards:  # shards without a predecessor receive zeros, as they should
         earlier_decay, earlier = (_from_previous(x, axis, step) for x in (decay, increment))
         increment, decay = increment + apply(decay, earlier), compose(decay, earlier_decay)
         step *= 2
@@ -109,7 +109,7 @@ def exclusive_scan(
 
 
 def halo(tail: jax.Array, first: jax.Array | None, documents: Documents, axis: str) -> jax.Array:
-    """The previous shard's tail (B, ...), zero where its document ends at the border; shard 0 has `first`."""
+    """The previous shard's tail (B, ...), zero where its document ends at the border; shard 0 gets `first`."""
     before = _from_previous(tail, axis)
     if first is not None:
         before = jnp.where(jax.lax.axis_index(axis) == 0, first.astype(before.dtype), before)
@@ -124,7 +124,7 @@ def where_continued(documents: Documents, x: jax.Array) -> jax.Array:
 
 
 def at_last_token(values: Any, documents: Documents, axis: str | None) -> Any:
-    """Every row's values (B, ...) as they are after its last token, for all shards; `values` are after the shard's."""
+    """Each row's values (B, ...) after its last token, on all shards, from the `values` after each shard's tokens."""
     if axis is None:
         return values
     index, shards = jax.lax.axis_index(axis), jax.lax.axis_size(axis)

@@ -22,11 +22,11 @@ class IdealMemory(Memory):
 class IdealAttention(Mixer):
     """x (B, T, D) -> (B, T, D) by `idattn.ops.ideal_attention` with a state of M (R + D / H) numbers for each head.
 
-    The kernel is Gaussian in W_q x and W_k x over the fourth root of the head's width d, exp(-|q - k|^2 / (2 sqrt d)):
-    softmax's scores, but for the vectors' lengths. Its frequencies are constants of the program, drawn from
-    `ideal.seed`: no parameters, so neither checkpoints nor the optimiser hold them. As in eq. 3-9, there are neither
-    convolutions nor positions. A reference to compare with, at a few hundred tokens; features and state are float32 or
-    better. Arguments as in `Mixer`; of `config.ssm` only num_modes counts.
+    The kernel is exp(-|q - k|^2 / (2 sqrt d)) with q = W_q x, k = W_k x and d the head's width: softmax's scores, but
+    for the vectors' lengths. Its frequencies are constants of the program, drawn from `ideal.seed`; neither checkpoints
+    nor the optimiser hold them. As in eq. 3-9, there are neither convolutions nor positions. Features and state are
+    float32 or better. The layer is a reference to compare with, at a few hundred tokens. Arguments are those of
+    `Mixer`; of `config.ssm` it reads num_modes only.
     """
 
     def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
@@ -83,7 +83,7 @@ class IdealAttention(Mixer):
 
     @classmethod
     def flops(cls, config: ModelConfig, context: int) -> int:
-        """Both features, update and read, and the change of coefficients, which is one for all heads."""
+        """Features, update, readout, and the change of the coefficients, which all heads share."""
         R, M, features = config.head_dim, config.ssm.num_modes, config.ideal.num_features
         frequencies = features // 2 if config.ideal.features == "fourier" else features
         core = 4 * R * frequencies + 2 * M**2 * (features + R) + 2 * M * (features + R)

@@ -15,19 +15,33 @@ from idattn.nn.ssm import SSMMixer
 
 
 class InterdomainAttention(SSMMixer):
-    """The paper's layer by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
+    """The paper's layer (eq. 10-13) by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
 
-    The arguments from `num_modes` to `norm_bias_init` are the fields of `idattn.config.SSMConfig`.
+    The layer computes in the dtype of x, a floating-point one. Parameters are float32; the state is float32, or float64
+    if x is. Documents and an earlier state are arguments of the call: see `idattn.nn.Mixer.__call__`.
 
     Args:
       model_dim: D.
-      num_heads: H, a divisor of D; heads are D / H wide.
+      num_heads: H, a divisor of D; heads are R = E = D / H wide, an even number with `rope`.
       rngs: the stream `params` is used.
       rope: rotary positions on queries and keys.
-      compute: backend and chunk size; the dtype is that of the input.
+      compute: backend and chunk size; its other fields are not read.
+      num_modes: M, basis functions of a state, at least 1.
+      heads_per_kv: query heads that share a state, a divisor of H.
+      conv_width: taps of the causal depthwise convolutions, at least 1.
+      readout: "transpose" (eq. 13), "hermitian" or "real"; see `idattn.ops.interdomain_attention`.
+      c: the form of C: "full" (M, M), "diagonal" (M,) or "identity" (no parameter).
+      c_init: the start of C: "normal", complex normal, or "eye", a multiple of the identity.
+      c_init_scale: total variance of an output mode of C at the start; for "eye" its square root is the multiple.
+        Greater than 0.
+      delta_min: the step sizes Delta start log-uniform in [delta_min, delta_max]. Greater than 0.
+      delta_max: at least `delta_min`.
+      rope_position: rotary positions "before" or "after" the feature map.
+      output_gate: multiply the heads' outputs by SiLU(W_g x).
+      norm_bias_init: start of the biases b_k, b_v of eq. 12.
 
     Raises:
-      ValueError: sizes do not divide, or an option is unknown.
+      ValueError: sizes do not divide, or an option is unknown or out of its range.
     """
 
     feature_map, readout, rope = True, QueryReadout(), True
@@ -77,7 +91,7 @@ class Interdomain(SSMMixer):
 
 
 class InterdomainNoRope(Interdomain):
-    """Without rotary positions."""
+    """`Interdomain` without rotary positions."""
 
     rope = False
 
@@ -101,6 +115,6 @@ class S4D(SSMMixer):
 
 
 class S4DRope(S4D):
-    """With rotary positions on the first input."""
+    """`S4D` with rotary positions on the first input."""
 
     rope = True

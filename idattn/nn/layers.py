@@ -23,7 +23,7 @@ def param(value: jax.Array, *dims: str | None, group: str = "other") -> nnx.Para
       value: at the start.
       dims: a name, or None, for each axis.
       group: "matrix" for weights and embeddings, which weight decay applies to; "ssm" for norm scales and biases of
-        eq. 12, Delta, A, C and c_out, with a learning rate of their own and no weight decay; or "other".
+        eq. 12, Delta, A, C and c_out, with a separate learning rate and no weight decay; or "other".
     """
     # A weakly typed array, as of jnp.full(shape, 0.5), would compile a training step a second time.
     return nnx.Param(value.astype(value.dtype), dims=dims, group=group)
@@ -38,7 +38,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, num_in) -> (B, T, num_out)."""
-        weight = gathered(self.weight[...].astype(x.dtype), self.dims)  # in the smaller dtype
+        weight = gathered(self.weight[...].astype(x.dtype), self.dims)  # cast first, so that fewer bytes are gathered
         y = x @ weight  # pyright: ignore[reportOperatorIssue]  # custom_vjp hides what its function returns
         return constrain(y, "B", "T", None if self.dims[1] == "D" else self.dims[1])
 
@@ -115,7 +115,7 @@ class ShortConv(nnx.Module):
         padded, run = self._with_tail(x, tail, segments)
         taps = self.taps[...].astype(x.dtype)
         y = self.bias[...].astype(x.dtype)[None, None]
-        for i in range(self.width):  # a constant few shifted sums, which XLA fuses into one pass
+        for i in range(self.width):  # a few shifted sums, which XLA fuses into one pass
             shifted = padded[:, i : i + T]
             if run is not None:
                 shifted = jnp.where((run[:, i : i + T] == run[:, before:])[..., None], shifted, 0)
@@ -149,7 +149,7 @@ class StateBasis(nnx.Module):
     """The parameters of one layer's states: Delta, A and C of G heads, initialised as S4D-Inv.
 
     exp(a_log) = 1/2, a_imag by `idattn.ops.discretize.s4d_inv_frequencies`, Delta log-uniform. C is complex normal with
-    total variance c_init_scale / M an entry (diagonal: c_init_scale), or sqrt(c_init_scale) times the identity.
+    total variance c_init_scale / M for each entry (diagonal: c_init_scale), or sqrt(c_init_scale) times the identity.
     """
 
     def __init__(self, num_heads: int, config: SSMConfig, *, rngs: nnx.Rngs):

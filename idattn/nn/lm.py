@@ -114,7 +114,7 @@ class LanguageModel(nnx.Module):
           state: as returned by `init_state` or an earlier call, to resume from there; None to start anew.
         """
         embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
-        # Its gradient is whole before it is split: else the partitioner gathers what all tokens add to it.
+        # Its gradient is summed before it is split. Otherwise the partitioner gathers every token's part of the sum.
         embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
         x = constrain(embedding[tokens], "B", "T", None)
         start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
@@ -131,7 +131,7 @@ class LanguageModel(nnx.Module):
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, prevent_cse=False, policy=_POLICIES[self.compute.remat])
-        # Memories are carried rather than scanned over, so that every layer changes its part in place.
+        # Memories are the scan's carry rather than its inputs, so that every layer changes its part in place.
         memories = None if state is None else state.memories
         (x, memories), _ = jax.lax.scan(apply, (x, memories), (params, jnp.arange(self.repeats)))
         return self.final_norm(x), None if memories is None else ModelState(memories, end)
@@ -148,19 +148,19 @@ class LanguageModel(nnx.Module):
 
         Args:
           batch_size: B.
-          max_tokens: that memories which grow have room for.
-          state_dtype: what states of fixed size are kept in between calls; None for float32 or better.
+          max_tokens: tokens that memories which grow have room for.
+          state_dtype: dtype in which states of fixed size are stored between calls; None for float32 or better.
         """
         dtype = jnp.dtype(self.compute.dtype)
         memories = [b.mixer.init_memory(batch_size, max_tokens, dtype, state_dtype) for b in self.groups.blocks]
         return ModelState([memory.stack(self.repeats) for memory in memories], jnp.zeros(batch_size, jnp.int32))
 
     def state_specs(self) -> ModelState:
-        """How such a state is split: PartitionSpecs in its structure."""
+        """How a state is split over the mesh: PartitionSpecs in its structure."""
         return ModelState([b.mixer.memory_specs("L") for b in self.groups.blocks], spec("B"))
 
     def open_block(self, state: ModelState, size: int) -> ModelState:
-        """A state as of a block of up to `size` tokens, to be read one by one; see `idattn.ops.blockwise`."""
+        """The state for a block of up to `size` tokens, which are read one by one; see `idattn.ops.blockwise`."""
         blocks = zip(self.groups.blocks, state.memories, strict=True)
         return state._replace(memories=[b.mixer.open_block(stack, size, self.compute.dtype) for b, stack in blocks])
 

@@ -1,4 +1,4 @@
-"""The contract of token mixers: what a class owes to be one, in a model, a decoder, a mesh and a count of costs."""
+"""The contract of token mixers: what a class defines to work in a model, a decoder, a mesh and a count of costs."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,15 +20,15 @@ class Memory(struct.PyTreeNode):
     """
 
     def stack(self, layers: int) -> Self:
-        """As many layers, all with this memory."""
+        """A stack of `layers` layers, all with this memory."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), self)
 
     def pick(self, layer: jax.Array) -> Self:
-        """The memory of a layer () int32 of the stack."""
+        """The memory of one layer of the stack; `layer` is its index, () int32."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
 
     def put(self, layer: jax.Array, new: Self) -> Self:
-        """The stack with another memory of a layer, in the dtypes of the stack."""
+        """The stack in which a layer has the memory `new`, cast to the dtypes of the stack."""
         return jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, axis=0), self, new
         )
@@ -42,7 +42,7 @@ class Memory(struct.PyTreeNode):
         return None
 
     def resize(self, max_tokens: int) -> Self:
-        """With room for as many tokens; not fewer than there are."""
+        """The memory with room for `max_tokens` tokens, which must not be fewer than it holds."""
         return self
 
 
@@ -98,19 +98,19 @@ class Mixer(nnx.Module):
 
         Args:
           batch_size: B.
-          max_tokens: that a memory that grows has room for.
-          dtype: that is computed in.
-          state_dtype: what a state of fixed size is kept in between calls; None for float32 or better.
+          max_tokens: tokens that a memory which grows has room for.
+          dtype: of the computation.
+          state_dtype: dtype in which a state of fixed size is stored between calls; None for float32 or better.
         """
 
     @abstractmethod
     def memory_specs(self, *lead: str) -> Any:
-        """How a memory is split: PartitionSpecs in its structure, after the axes `lead` of a stack."""
+        """How a memory is split over the mesh: PartitionSpecs in its structure, after the axes `lead` of a stack."""
 
     def open_block(self, stack: Any, size: int, dtype: jnp.dtype) -> Any:
-        """A stack of layers, as this mixer is one then, before up to `size` tokens that are decoded one by one.
+        """The memory of a stack of layers for a block of up to `size` tokens, which are decoded one by one.
 
-        A memory that a token need not write as a whole may collect the tokens of a block, and write them in `close`.
+        It may collect the tokens of the block and write them in `close`, so that no token writes the whole memory.
         """
         return stack
 
@@ -122,7 +122,7 @@ class Mixer(nnx.Module):
     @classmethod
     @abstractmethod
     def state_size(cls, config: ModelConfig, context: int) -> int:
-        """Real numbers of the memory of a sequence after `context` tokens, without convolution tails (table 5)."""
+        """Real numbers in the memory of a sequence after `context` tokens, without convolution tails (table 5)."""
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:

@@ -11,9 +11,9 @@ from idattn.ops import Basis, Segments, blockwise
 
 
 class Readout(Protocol):
-    """What a readout owes. It has no parameters: those of `basis` and c_out (G, M) are handed to it."""
+    """The contract of readouts. They have no parameters: those of `basis` and c_out (G, M) are handed to them."""
 
-    by_query: bool  # whether it reads by queries, from a projection "query" of their own, rather than by c_out
+    by_query: bool  # whether it reads by queries, from a projection "query", rather than by c_out
 
     def attend(
         self,

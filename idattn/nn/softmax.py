@@ -32,7 +32,7 @@ class KVCache(Memory):
     layer: jax.Array | None = None  # () int32, the layer that was picked; None for the whole stack, or the only one
 
     def stack(self, layers: int) -> "KVCache":
-        """As many layers, all with what this one has."""
+        """A stack of `layers` layers, all with this cache."""
         k, v = (jnp.broadcast_to(x, (layers, *x.shape[1:])) for x in (self.k, self.v))
         return KVCache(k, v, jnp.broadcast_to(self.used, (layers, *self.used.shape)))
 
@@ -49,7 +49,7 @@ class KVCache(Memory):
         return self.k.shape[3]
 
     def resize(self, max_tokens: int) -> "KVCache":
-        """With room for as many tokens; not fewer than there are."""
+        """The cache with room for `max_tokens` tokens, which must not be fewer than it holds."""
         pad = max_tokens - self.k.shape[3]
         widths = [(0, 0)] * 3 + [(0, max(pad, 0)), (0, 0)]
         k, v = (jnp.pad(x[:, :, :, :max_tokens], widths) for x in (self.k, self.v))
@@ -57,15 +57,15 @@ class KVCache(Memory):
 
 
 class KVBlock(Memory):
-    """A stack of caches that is only read, and the tokens of a block since, which `close` writes into it.
+    """A stack of caches, which is only read, and the tokens of a block after it, which `close` writes into the caches.
 
-    Rows write at slots of their own, but all at the same index of the block: a token changes few, contiguous numbers.
+    The rows' next slots in a cache differ, but all rows write at the same index of a block: few, contiguous numbers.
     """
 
     cache: KVCache  # of all layers
-    k: jax.Array  # (L, B, size, H, R), without the first axis of a layer that was picked
+    k: jax.Array  # (L, B, size, H, R); without the first axis once a layer is picked
     v: jax.Array
-    count: jax.Array  # (L,) int32, tokens of the block so far; likewise
+    count: jax.Array  # (L,) int32, tokens of the block so far; as above
     layer: jax.Array | None = None  # () int32, the layer that was picked; None for the whole stack
 
     def pick(self, layer: jax.Array) -> "KVBlock":
@@ -107,7 +107,7 @@ class SoftmaxAttention(Mixer):
         self.output = Linear(D, D, ("H", "D"), std=residual_std, rngs=rngs)
 
     def mix(self, x: jax.Array, documents: Documents, memory: KVCache | KVBlock | None) -> tuple[jax.Array, Any]:
-        """As of `Mixer.mix`; a cache must have room for the tokens."""
+        """As in `Mixer.mix`; a cache must have room for the tokens."""
         if memory is not None and is_split("T"):
             raise NotImplementedError("a cache of keys cannot be split over tokens; use mesh.sequence=1 to generate.")
         projected = self.query(x), self.key(x), self.value(x)
@@ -117,7 +117,7 @@ class SoftmaxAttention(Mixer):
         return self.output(o), memory
 
     def _attend(self, projected, documents: Documents, memory):
-        """The heads' outputs (B, T, channels), and the memory, for any heads; without a cache also for a shard."""
+        """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
         B, T, _ = projected[0].shape
         q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in projected)
         q, k = (rotate_positions(y, documents.positions, self.config.rope_base) for y in (q, k))
@@ -136,7 +136,7 @@ class SoftmaxAttention(Mixer):
         B, T = documents.positions.shape
         is_token = jnp.ones((B, T), bool) if documents.run is None else documents.run != PADDING
         layer = 0 if cache.layer is None else cache.layer
-        # The slots of tokens; of padding that of the token before.
+        # The slot of each token; padding has the slot of the token before it.
         slots = cache.used[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
         at = (layer, jnp.arange(B)[:, None], slice(None), jnp.where(is_token, slots, cache.capacity()))
         keys, values = (x.at[at].set(y.astype(x.dtype), mode="drop") for x, y in ((cache.k, k), (cache.v, v)))

@@ -1,4 +1,4 @@
-"""Token mixers that keep a state of fixed size a head: what prepares its inputs, how it evolves, where it is kept.
+"""Token mixers with a state of fixed size for each head: how its inputs are made, how it evolves, how it is stored.
 
 Two questions span the paper's ablation (section 4). What does the state read: features of keys with values, [xi(k), v],
 or two generic inputs, [a, b]? And how is it read (`idattn.nn.readout`)? `idattn.nn.interdomain` names the combinations.
@@ -24,7 +24,7 @@ from idattn.sharding import is_split, on_shards, param_specs, spec
 
 
 class SSMMemory(Memory):
-    """The states of a layer, and the inputs that its convolutions still need."""
+    """The states of a layer, and the last inputs of its convolutions."""
 
     state: jax.Array  # (B, G, R + E, 2M)
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
@@ -34,8 +34,8 @@ class SSMBlockMemory(Memory):
     """The same inside a block of tokens (`idattn.ops.blockwise`): the states before the block are only read."""
 
     states: jax.Array  # (L, B, G, R + E, 2M), of the whole stack
-    conv_tails: dict[str, jax.Array]  # as in SSMMemory, of one layer or of a stack
-    block: blockwise.Block  # likewise
+    conv_tails: dict[str, jax.Array]  # as in SSMMemory, of the stack or of one layer
+    block: blockwise.Block  # of the stack or of one layer
     layer: jax.Array | None = None  # () int32, the layer that was picked; None for the stack
 
     def pick(self, layer: jax.Array) -> "SSMBlockMemory":
@@ -46,7 +46,7 @@ class SSMBlockMemory(Memory):
         return SSMBlockMemory(self.states, tails, block, layer)
 
     def put(self, layer: jax.Array, new: "SSMBlockMemory") -> "SSMBlockMemory":
-        """The stack with what a token has changed of a layer."""
+        """The stack with what a token has changed in a layer."""
 
         def write(x, y):
             return jax.lax.dynamic_update_index_in_dim(x, y, layer, axis=0)
@@ -72,15 +72,15 @@ class SSMBlockMemory(Memory):
 
 
 class SSMCore(nnx.Module):
-    """What lies between a mixer's projections: convolutions, norms, features, state, readout; for any heads of it.
+    """All that is between a mixer's projections, for any of its heads: convolutions, norms, features, state, readout.
 
     Args:
       config: the options of the state.
-      mixer: the class whose `feature_map`, `rope` and `readout` it follows.
+      mixer: the class, for its `feature_map` and `readout`.
       rope: rotary positions on the queries and on the first input of the state.
       compute: backend, chunk size.
-      **parts: `key_conv`, `key_norm`, `value_norm`, `basis`, and as the mixer has them `value_conv`, `query_conv`,
-        `c_out`.
+      **parts: `key_conv`, `key_norm`, `value_norm`, `basis`, and where the mixer has them `value_conv`, `query_conv`
+        and `c_out`.
     """
 
     key_norm: HeadNorm
@@ -127,7 +127,7 @@ class SSMCore(nnx.Module):
         memory: SSMMemory | SSMBlockMemory | None,
         axis: str | None,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """The projections, convolved where the mixer does that, and the tails that the next tokens need."""
+        """The projections, convolved where the mixer has a convolution, and the tails that the next tokens need."""
         convolved, tails = dict(projected), {}
         for name in self.conv_names:
             y, conv = projected[name], getattr(self, f"{name}_conv")
@@ -174,7 +174,7 @@ class SSMCore(nnx.Module):
     def _arriving_state(
         self, k: jax.Array, v: jax.Array, basis: Basis, documents: Documents, state: jax.Array | None, axis: str
     ) -> jax.Array:
-        """The state at the start of a shard, of the document that continues there."""
+        """The state at the start of a shard; zero where no document continues from the shard before."""
         segments, size = documents.segments, self.compute.chunk_size
         decay, increment = ops.transfer((k, v), basis, segment_ids=segments, chunk_size=size)
         first = jnp.zeros_like(increment) if state is None else state.astype(increment.dtype)
@@ -210,7 +210,7 @@ class SSMMixer(Mixer):
         def norm() -> HeadNorm:
             return HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
 
-        # In this order, since each takes its random numbers from the same stream.
+        # The order matters, since each part takes random numbers from the same stream.
         parts: dict[str, Any] = {}
         self.key = projection(G * R, "G")  # k, or a
         parts["key_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
@@ -271,7 +271,7 @@ class SSMMixer(Mixer):
     def flops(cls, config: ModelConfig, context: int) -> int:
         D, G, R, M, ssm = config.model_dim, config.num_kv_heads, config.head_dim, config.ssm.num_modes, config.ssm
         width, queries = cls.readout.output_width(config), D if cls.readout.by_query else 0
-        narrow = G * R  # of the inputs of the state
+        narrow = G * R  # channels of each input of the state
         projections = 2 * D * (2 * narrow + width + queries + (width if ssm.output_gate else 0))
         convolved = narrow * (1 if cls.feature_map else 2) + queries
         # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
@@ -291,7 +291,7 @@ class SSMMixer(Mixer):
             )
 
     def _widths(self) -> dict[str, int]:
-        """The channels of every projection that the core reads, also where layers are stacked."""
+        """The channels of every projection that the core reads; right for stacked layers too."""
         names = ("key", "value", "query") if self.readout.by_query else ("key", "value")
         return {name: getattr(self, name).weight.shape[-1] for name in names}
 
