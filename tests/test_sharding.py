@@ -170,8 +170,8 @@ def test_where_parameters_lie():
         wanted = NamedSharding(trainer.mesh, PartitionSpec(*axes))
         assert x.sharding.is_equivalent_to(wanted, x.ndim), name
     # Of the matrices a device holds an eighth, of the small rest half or all.
-    total, own = (sum(np.prod(shape(x)) for x in jax.tree.leaves(state)) for shape in (np.shape, shard_shape))
-    assert own < 0.35 * total
+    total, local = (sum(np.prod(shape(x)) for x in jax.tree.leaves(state)) for shape in (np.shape, shard_shape))
+    assert local < 0.35 * total
 
 
 def shard_shape(x):

@@ -138,8 +138,8 @@ def main(_):
     print(f"{'':<14}{'':<24}{'forward, ms':>12}{'ratio':>7}{'both, ms':>11}{'ratio':>7}{'memory, MB':>12}")
     rows, wrong = [], []
     for name in FLAGS.shape:
-        functions, found = candidates(SHAPES[name], platform)
-        wrong += [f"{name}: {x}" for x in found]
+        functions, failures = candidates(SHAPES[name], platform)
+        wrong += [f"{name}: {x}" for x in failures]
         for T in FLAGS.seq_len:
             make = abstract_inputs if FLAGS.topology else random_inputs
             q, k, v, basis, g = make(SHAPES[name], FLAGS.batch_size, T, FLAGS.dtype)

@@ -86,13 +86,13 @@ def row(figures: dict[str, Any]) -> list[str]:
     return [*cells, *how, memory, f"{sent:.1f}", *prediction, f"{step:,.0f}", f"{figures['mfu_at_most']:.0%}"]
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(plans: list[dict[str, Any]]) -> str:
     """All rows in markdown."""
-    lines = [COLUMNS, ["---"] * 2 + ["---:", "---"] + ["---", *["---:"] * 7], *map(row, found)]
+    lines = [COLUMNS, ["---"] * 2 + ["---:", "---"] + ["---", *["---:"] * 7], *map(row, plans)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> None:
+def plot(plans: list[dict[str, Any]], path: Path) -> None:
     """Tokens a second at most: against chips at 4,096 tokens a row, and of a chip against the context."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_chips, by_context = figure.subplots(1, 2)
@@ -101,7 +101,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         return max(STEP, figures["context"]) / max(figures["seconds"].values())
 
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for figures in (f for f in found if f["fits"]):
+    for figures in (f for f in plans if f["fits"]):
         groups.setdefault((figures["scale"], figures["slice"][:3]), []).append(figures)
     for (scale, chip), rows in groups.items():
         style = dict(marker="o", label=f"{scale} on {chip}", color=f"C{['v5e', 'v5p', 'v6e'].index(chip)}")
@@ -129,16 +129,16 @@ def main(_):
     load_compiler()
     out = disk_path(FLAGS.out)
     file = out.with_suffix(".json")
-    found = read_json(file, "Delete it to plan anew.", list) if file.exists() else []
+    plans = read_json(file, "Delete it to plan anew.", list) if file.exists() else []
     wanted = [
         case for case in CASES if case[0] in FLAGS.models and case[1] in FLAGS.slices and str(case[2]) in FLAGS.contexts
     ]
     for case in tqdm(wanted):
-        if case in [(f["scale"], f["slice"], f["context"]) for f in found]:
+        if case in [(f["scale"], f["slice"], f["context"]) for f in plans]:
             continue
-        found.append(plan(*case))
-        tqdm.write(" | ".join(row(found[-1])))
-        found.sort(key=lambda f: CASES.index((f["scale"], f["slice"], f["context"])))
-        write_atomic(file, json.dumps(found, indent=1))
-        write_atomic(out.with_suffix(".md"), table(found) + "\n")
-        plot(found, out.with_suffix(".png"))
+        plans.append(plan(*case))
+        tqdm.write(" | ".join(row(plans[-1])))
+        plans.sort(key=lambda f: CASES.index((f["scale"], f["slice"], f["context"])))
+        write_atomic(file, json.dumps(plans, indent=1))
+        write_atomic(out.with_suffix(".md"), table(plans) + "\n")
+        plot(plans, out.with_suffix(".png"))

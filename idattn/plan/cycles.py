@@ -77,7 +77,7 @@ def estimate(module: Module, chip: Chip, kernel_cycles: Callable[[Instruction], 
 def _estimate(module: Module, name: str, chip: Chip, kernel_cycles: Callable[[Instruction], float]) -> Estimate:
     computation = module[name]
     exchanged = {x.name: collectives(module, name, x) for x in computation.values()}
-    ends = {c.key: instruction for instruction, found in exchanged.items() for c in found}
+    ends = {c.key: instruction for instruction, exchanges in exchanged.items() for c in exchanges}
     for x in computation.values():  # an asynchronous one ends where it is waited for
         if x.kind.endswith("-done"):
             ends |= {c.key: x.name for c in exchanged.get(x.operands[0].partition("#")[0], ())}

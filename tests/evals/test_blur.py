@@ -69,11 +69,11 @@ def test_resolution():
     with jax.enable_x64(True):
         w = blur_kernel(Basis(zero, np.log(decay)[:, None], zero[:, None], None), 300)
     p = np.exp(-2 * decay)
-    found = resolution(w)
-    for values, expected in ((found.centre, p / (1 - p)), (found.width, np.sqrt(p) / (1 - p))):
+    head = resolution(w)
+    for values, expected in ((head.centre, p / (1 - p)), (head.width, np.sqrt(p) / (1 - p))):
         assert_close(values, np.tile(expected[:, None], 300), "float64", reduction=300**2)
-    assert_close(found.strength, np.exp(-decay[:, None] * np.arange(300)), "float64", reduction=300)
-    assert (np.diff(found.width[:, 0]) > 0).all()  # a mode that forgets sooner resolves more
+    assert_close(head.strength, np.exp(-decay[:, None] * np.arange(300)), "float64", reduction=300)
+    assert (np.diff(head.width[:, 0]) > 0).all()  # a mode that forgets sooner resolves more
 
     centre, width, strength = resolution(np.stack([np.eye(8), np.ones((8, 8)), np.diag([1.0, 0, 0, 0, 0, 0, 0, 0])]))
     np.testing.assert_allclose(centre[:2], [np.arange(8), np.full(8, 3.5)])
@@ -134,15 +134,15 @@ def test_plot_kernel(run, tmp_path, capsys):
             run_main(plot_kernel, *arguments)
         run_main(plot_kernel, f"--out={tmp_path / 'start.png'}", f"--length={T}")
         assert (tmp_path / "start.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(file.read_text())
-    assert found["step"] == 9
+    stored = json.loads(file.read_text())
+    assert stored["step"] == 9
     layers = read_layers(config, params, T)
-    for row, layer in zip(found["trained"], layers, strict=True):
+    for row, layer in zip(stored["trained"], layers, strict=True):
         assert (row["layer"], row["mixer"]) == (layer.layer, layer.mixer)
         values = resolution(layer.weights)._asdict() if layer.mixer == "interdomain" else {"response": layer.weights}
         for name, expected in (values | {"half_life": layer.half_life}).items():
             np.testing.assert_allclose(row[name], expected, rtol=1e-4)
-    assert found["start"][0]["half_life"] != found["trained"][0]["half_life"]
+    assert stored["start"][0]["half_life"] != stored["trained"][0]["half_life"]
     lines = capsys.readouterr().out.splitlines()
     width = np.median(resolution(layers[0].weights).width[:, 0])
     assert lines[3].split()[:2] == ["0", "interdomain"] and f"-> {width:>5.1f} " in lines[3]

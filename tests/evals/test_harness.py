@@ -52,10 +52,10 @@ def requests(*arguments):
 def test_requests(model, decoder, lm):
     best = chr(direct_best(model, "ab"))
     pairs = [("one two", " three"), ("", "ab"), ("ab ", "c"), ("ab", best)]
-    found = lm.loglikelihood(requests(*pairs))
+    scored = lm.loglikelihood(requests(*pairs))
     expected = [direct(model, *pair) for pair in pairs]
-    assert_close([x for x, _ in found], [x for x, _ in expected], "float32", reduction=64)
-    assert [x for _, x in found] == [x for _, x in expected] and found[3][1]
+    assert_close([x for x, _ in scored], [x for x, _ in expected], "float32", reduction=64)
+    assert [x for _, x in scored] == [x for _, x in expected] and scored[3][1]
     texts = ["some text", "x"]
     rolling = lm.loglikelihood_rolling(requests(*((text,) for text in texts)))
     assert_close(rolling, [direct(model, "", text)[0] for text in texts], "float32", reduction=64)
@@ -75,8 +75,8 @@ def direct_best(model, context):
 
 def test_local_tasks(model, lm, data):
     """All eight, through lm-eval: its metrics are those of the direct log-likelihoods."""
-    found = evaluate(lm, LISTS["commonsense"], data)
-    assert {*found} == {*LISTS["commonsense"]}
+    measured = evaluate(lm, LISTS["commonsense"], data)
+    assert {*measured} == {*LISTS["commonsense"]}
     for name, answer in (("hellaswag", ""), ("arc_easy", "\nAnswer:"), ("social_iqa", "")):
         scores = [[direct(model, row["query"] + answer, f" {c}")[0] for c in row["choices"]] for row in CHOICES]
         norms = [
@@ -86,19 +86,19 @@ def test_local_tasks(model, lm, data):
             np.mean([np.argmax(x) == row["gold"] for x, row in zip(each, CHOICES, strict=True)])
             for each in (scores, norms)
         )
-        assert found[name].metrics == {"acc": pytest.approx(acc), "acc_norm": pytest.approx(acc_norm)}
+        assert measured[name].metrics == {"acc": pytest.approx(acc), "acc_norm": pytest.approx(acc_norm)}
         right = [np.argmax(x) == row["gold"] for x, row in zip(scores, CHOICES, strict=True)]
-        assert found[name].errors["acc"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(len(right)))
-        assert found[name].version is None
-        assert main_metric(name, found[name].metrics) == pytest.approx(acc_norm if name == "hellaswag" else acc)
+        assert measured[name].errors["acc"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(len(right)))
+        assert measured[name].version is None
+        assert main_metric(name, measured[name].metrics) == pytest.approx(acc_norm if name == "hellaswag" else acc)
     total, greedy = direct(model, "ab", " c")
-    assert found["lambada_openai"].metrics["perplexity"] == pytest.approx(np.exp(-total), rel=1e-4)
-    assert found["lambada_openai"].metrics["acc"] == greedy
+    assert measured["lambada_openai"].metrics["perplexity"] == pytest.approx(np.exp(-total), rel=1e-4)
+    assert measured["lambada_openai"].metrics["acc"] == greedy
     contexts = [direct(model, context, " z.")[0] for context in ("x", "yy")]
-    assert found["winogrande"].metrics == {"acc": float(np.argmax(contexts) == 1)}
+    assert measured["winogrande"].metrics == {"acc": float(np.argmax(contexts) == 1)}
     first = [direct(model, "one two", f" {c}")[0] for c in CHOICES[0]["choices"]]
     limited = evaluate(lm, ["hellaswag"], data, limit=1)["hellaswag"]
-    assert limited.metrics["acc"] == float(np.argmax(first) == 0) and limited != found["hellaswag"]
+    assert limited.metrics["acc"] == float(np.argmax(first) == 0) and limited != measured["hellaswag"]
     assert not limited.errors  # of a single row
 
 
@@ -148,8 +148,8 @@ def test_no_continuation_is_scored_by_nothing(joined, context, continuation, sco
     log_probs = next_log_probs(model, row, 64)
     places = np.arange(len(row) - len(scored), len(row))
     total = log_probs[places - 1, row[places]].sum()
-    ((found, is_greedy),) = lm.loglikelihood(requests((context, continuation)))
-    assert found == pytest.approx(total, rel=1e-4) and found < 0
+    ((log_prob, is_greedy),) = lm.loglikelihood(requests((context, continuation)))
+    assert log_prob == pytest.approx(total, rel=1e-4) and log_prob < 0
     assert is_greedy == (log_probs[places - 1].argmax(-1) == row[places]).all()
 
 

@@ -20,7 +20,7 @@ def decoder(model):
     return Decoder(model, chunk_size=16)
 
 
-def own_nats(model, row):
+def direct_nats(model, row):
     """(T - 1,) -ln p of every token but the first."""
     return -next_log_probs(model, row, 100)[np.arange(len(row) - 1), row[1:]]
 
@@ -30,7 +30,7 @@ def test_score_rows(model, decoder):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, V, length) for length in (5, 40, 1, 17, 16)]
     for row, (log_probs, is_best) in zip(rows, score_rows(decoder, rows, 2), strict=True):
-        assert_close(log_probs[1:], -own_nats(model, row), "float32", reduction=64)
+        assert_close(log_probs[1:], -direct_nats(model, row), "float32", reduction=64)
         best = next_log_probs(model, row, 100).argmax(-1)
         assert log_probs.shape == row.shape and log_probs[0] == 0 and not is_best[0]
         assert is_best[1:].tolist() == (best[:-1] == row[1:]).tolist()
@@ -38,10 +38,10 @@ def test_score_rows(model, decoder):
 
 def test_length_losses(model, decoder, tmp_path):
     stream = np.random.default_rng(1).integers(0, V, 200)
-    found = length_losses(decoder, stream, [7, 90], num_tokens=60, batch_tokens=20)
+    losses = length_losses(decoder, stream, [7, 90], num_tokens=60, batch_tokens=20)
     for length, windows in ((7, stream[:84].reshape(-1, 7)), (90, stream[:90].reshape(-1, 90))):
-        nats = np.array([own_nats(model, window) for window in windows])
-        result = found[length]
+        nats = np.array([direct_nats(model, window) for window in windows])
+        result = losses[length]
         assert result["windows"] == len(windows)
         assert_close(result["loss"], nats.mean(), "float32", reduction=64)
         assert_close(result["perplexity"], np.exp(nats.mean()), "float32", reduction=64 * 9)
@@ -49,9 +49,9 @@ def test_length_losses(model, decoder, tmp_path):
         assert len(ends) == min(64, length - 1) and ends[-1] == length - 1
         curve = [part.mean() for part in np.split(nats.mean(0), ends[:-1])]
         assert_close(result["by_position"], curve, "float32", reduction=64)
-    other = {length: result | {"perplexity": 2.0} for length, result in found.items()}
-    assert mean_perplexities({"a": found, "b": other}) == {n: (found[n]["perplexity"] + 2) / 2 for n in found}
-    plot_lengths({"a": found, "b": other}, 16, tmp_path / "length.png")
+    other = {length: result | {"perplexity": 2.0} for length, result in losses.items()}
+    assert mean_perplexities({"a": losses, "b": other}) == {n: (losses[n]["perplexity"] + 2) / 2 for n in losses}
+    plot_lengths({"a": losses, "b": other}, 16, tmp_path / "length.png")
     assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -61,7 +61,7 @@ def test_errors(decoder):
             length_losses(decoder, np.zeros(200, int), lengths, num_tokens=1, batch_tokens=1, name="novels")
 
 
-def test_corpora_have_names_of_their_own(tmp_path, monkeypatch):
+def test_names_of_corpora(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lang=en").mkdir()
     (tmp_path / "lang=en" / "a.txt").touch()

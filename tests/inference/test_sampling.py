@@ -28,12 +28,12 @@ def expected(*, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penal
     logits = np.where(SEEN, np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     p = np.exp(logits / temperature)
     order = np.argsort(-p)
-    keep = order[: top_k or V]
-    cumulative = np.cumsum(p[keep] / p[keep].sum())
-    keep = keep[: np.searchsorted(cumulative, top_p) + 1]
-    keep = keep[p[keep] >= min_p * p.max()]
+    candidates = order[: top_k or V]
+    cumulative = np.cumsum(p[candidates] / p[candidates].sum())
+    candidates = candidates[: np.searchsorted(cumulative, top_p) + 1]
+    candidates = candidates[p[candidates] >= min_p * p.max()]
     result = np.zeros(V)
-    result[keep] = p[keep] / p[keep].sum()
+    result[candidates] = p[candidates] / p[candidates].sum()
     return result
 
 
@@ -60,15 +60,15 @@ def test_frequencies(settings):
 
 
 def test_rows_have_settings_of_their_own_and_ignore_their_neighbours():
-    own = dict(
+    per_row = dict(
         temperature=np.array([0.0, 1.0, 3.0]), top_k=np.array([0, 5, 0]), top_p=np.array([1, 1, 0.9]),
         seed=np.array([7, 7, 2]),
     )  # fmt: skip
     logits, seen = RNG.normal(size=(3, V)).astype(np.float32), np.zeros((3, V), bool)
     length = np.array([0, 4, 9], np.int32)
-    together = draw(logits, make_sampling(3, V, **own), seen, length)
+    together = draw(logits, make_sampling(3, V, **per_row), seen, length)
     for b in range(3):
-        alone = make_sampling(1, V, **{name: x[b] for name, x in own.items()})
+        alone = make_sampling(1, V, **{name: x[b] for name, x in per_row.items()})
         assert draw(logits[b : b + 1], alone, seen[:1], length[b : b + 1])[0] == together[b]
     assert together[0] == logits[0].argmax()
 

@@ -43,10 +43,8 @@ def test_results(checkpoint, tmp_path, capsys):
     assert [*first["tasks"]["mqar"]["metrics"]] == ["2 pairs in 9", "2 pairs in 17"]
     assert (tmp_path / "out" / "length.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "rows.jsonl").write_text('{"task": "piqa", "query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
-    found = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2")["tasks"]["piqa"]
-    assert (
-        found["settings"]["max_rows"] == 2 and found["local"] and {*found["metrics"]} == {"piqa acc", "piqa acc_norm"}
-    )
+    piqa = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2")["tasks"]["piqa"]
+    assert piqa["settings"]["max_rows"] == 2 and piqa["local"] and {*piqa["metrics"]} == {"piqa acc", "piqa acc_norm"}
     # What is there stays, as it was.
     both = run("--tasks=passkey,phonebook", "--lengths=700", "--entries=3")
     assert {name: both["tasks"][name] for name in first["tasks"]} == first["tasks"]
@@ -56,14 +54,14 @@ def test_results(checkpoint, tmp_path, capsys):
         assert result["sha256"] == {test: recall.fingerprint(questions)}
         assert [answer for answer, _ in result["answers"][test]] == [question.answer for question in questions]
         assert result["metrics"] == {test: 0.0} and all(text for _, text in result["answers"][test])
-    error = found["errors"]["piqa acc"]
+    error = piqa["errors"]["piqa acc"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert table in capsys.readouterr().out
     assert (
         f"| length | pg19 9 | {metrics['pg19 9']:.4f} |  |" in table and "| passkey | 700 | 0.0000 ± 0.0000 |" in table
     )
     assert (
-        f"| piqa | piqa acc | {found['metrics']['piqa acc']:.4f} ± {error:.4f} | other setting (1.3B): softmax 0.6942, "
+        f"| piqa | piqa acc | {piqa['metrics']['piqa acc']:.4f} ± {error:.4f} | other setting (1.3B): softmax 0.6942, "
         in table
     )
 
@@ -105,10 +103,10 @@ def test_paper():
 
 
 @pytest.mark.parametrize(("local", "note"), [(False, ""), (True, "other setting (1.3B): ")])
-def test_rows_of_ones_own_are_another_setting(local, note):
+def test_local_rows_are_another_setting(local, note):
     """Next to a model of the paper's setting, for a task and for the mean of a list."""
-    found = {"social_iqa acc": 0.4, "mean": 0.5}
-    results = {"step": 49_592, "tasks": {"commonsense": {"metrics": found, "local": local}}}
+    metrics = {"social_iqa acc": 0.4, "mean": 0.5}
+    results = {"step": 49_592, "tasks": {"commonsense": {"metrics": metrics, "local": local}}}
     *_, task, mean = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
     assert task == f"| commonsense | social_iqa acc | 0.4000 | {note}softmax 0.4028, interdomain 0.4145, s4d 0.411 |"
     assert mean == f"| commonsense | mean | 0.5000 | {note}softmax 0.5151, interdomain 0.5454, s4d 0.4944 |"
@@ -118,8 +116,8 @@ def test_rows_of_ones_own_are_another_setting(local, note):
     ("version", "note"), [(0, ""), (1, "other setting (1.3B): "), (None, "other setting (1.3B): ")]
 )
 def test_tasks_of_another_version_are_another_setting(version, note):
-    found = {"metrics": {"fda contains": 0.25}, "errors": {"fda contains": 0.125}, "versions": {"fda": version}}
-    results = {"step": 49_592, "tasks": {"based_recall": found}}
+    measured = {"metrics": {"fda contains": 0.25}, "errors": {"fda contains": 0.125}, "versions": {"fda": version}}
+    results = {"step": 49_592, "tasks": {"based_recall": measured}}
     row = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")[-1]
     paper = "softmax 0.5045, interdomain 0.0953, s4d 0.0036"
     assert row == f"| based_recall | fda contains | 0.2500 ± 0.1250 | {note}{paper} |"

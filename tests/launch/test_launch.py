@@ -108,18 +108,18 @@ def test_data(start, tmp_path):
 
     done = start("evaluate", f"--checkpoint={workdir}", "--tasks=perplexity", f"--out={tmp_path / 'evals'}")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["perplexity"]
+    measured = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["perplexity"]
     held_out = [
-        n for n in range(12) if any(f"document {n} says" in document["text"] for document in found["documents"])
+        n for n in range(12) if any(f"document {n} says" in document["text"] for document in measured["documents"])
     ]
-    assert [document["tokens"] for document in found["documents"]] == [len(rows[n]["text"]) for n in held_out]
+    assert [document["tokens"] for document in measured["documents"]] == [len(rows[n]["text"]) for n in held_out]
     # A token is a byte here.
-    assert [x["bits_per_byte"] for x in found["documents"]] == pytest.approx(
-        [x["loss"] / math.log(2) for x in found["documents"]], rel=1e-12
+    assert [x["bits_per_byte"] for x in measured["documents"]] == pytest.approx(
+        [x["loss"] / math.log(2) for x in measured["documents"]], rel=1e-12
     )
-    loss = found["metrics"]["loss"]
+    loss = measured["metrics"]["loss"]
     assert f"{loss:.4f}" == f"{metrics[-1]['val_loss']:.4f}"
-    assert found["metrics"] == pytest.approx(
+    assert measured["metrics"] == pytest.approx(
         {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2)}, rel=1e-12
     )
     assert f"| perplexity | loss | {loss:.4f} | other setting (1.3B): softmax 2.155, " in done.stdout

@@ -99,7 +99,7 @@ def test_study(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_study_goes_on(settings, tmp_path, number):
+def test_a_stopped_study_resumes(settings, tmp_path, number):
     """The record is that of a study that nothing happened to; while a killed study's run lives, its cell is taken."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):

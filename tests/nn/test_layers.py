@@ -45,8 +45,8 @@ def test_rotation_is_that_of_complex_numbers(rng):
     x = rng.normal(size=(2, 5, 3, 8))
     positions = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 1000]])
     frequency = 100.0 ** (-np.arange(4) / 4)
-    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequency)
-    expected = np.concatenate([turned.real, turned.imag], -1)
+    rotated = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequency)
+    expected = np.concatenate([rotated.real, rotated.imag], -1)
     actual = rotate_positions(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 100.0)
     assert_close(actual, expected, "float32", reduction=1000)  # float32 rounds the angle of position 1000
 
@@ -82,12 +82,12 @@ def test_short_convolution_carries_its_tail(rng):
     conv = ShortConv(3, 4, "G", rngs=nnx.Rngs(0))
     x = jnp.asarray(rng.normal(size=(2, 9, 3)), jnp.float32)
     whole, tail = conv(x, None, None)
-    parts, carried = [], None
+    parts, last = [], None
     for piece in (x[:, :1], x[:, 1:3], x[:, 3:]):
-        y, carried = conv(piece, carried, None)
+        y, last = conv(piece, last, None)
         parts.append(y)
     np.testing.assert_array_equal(jnp.concatenate(parts, 1), whole)
-    np.testing.assert_array_equal(carried, tail)
+    np.testing.assert_array_equal(last, tail)
 
 
 def test_basis_starts_as_s4d_inv():

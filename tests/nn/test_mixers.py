@@ -68,8 +68,8 @@ def test_ssm_mixers_equal_their_definition(name, gate):
         y = y.reshape(B, T, 2, 6)
         if kind.rope:
             turn = np.exp(1j * positions * 10_000.0 ** (-np.arange(3) / 3))
-            turned = (y[..., :3] + 1j * y[..., 3:]) * turn
-            y = np.concatenate([turned.real, turned.imag], -1)
+            rotated = (y[..., :3] + 1j * y[..., 3:]) * turn
+            y = np.concatenate([rotated.real, rotated.imag], -1)
         if mapped:
             y = silu(y) / np.sqrt((silu(y) ** 2).sum(-1, keepdims=True) + 1e-6)
         return y

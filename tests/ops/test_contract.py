@@ -353,7 +353,7 @@ def holds(**strategies):
 
 
 @holds(seed=seeds, split=st.integers(1, PROPERTY_T - 1))
-def test_halves_with_a_carried_state_are_the_whole(backend, seed, split):
+def test_two_halves_are_the_whole(backend, seed, split):
     """f([a; b]) = f(b, state = f(a)), whenever b does not begin a document of its own."""
     _, case, segment_ids = property_case(seed)
     continues = segment_ids[:, split - 1] == segment_ids[:, split]
@@ -363,15 +363,15 @@ def test_halves_with_a_carried_state_are_the_whole(backend, seed, split):
         part = case | {name: right_padded(case[name], start, stop) for name in ("q", "k", "v")}
         ids = np.full_like(segment_ids, PADDING)
         ids[:, : stop - start] = segment_ids[:, start:stop]
-        half, carried = run_property(backend, part, ids)
+        half, last = run_property(backend, part, ids)
         halves.append(half[:, : stop - start])
-        case = case | {"initial_state": carried}
+        case = case | {"initial_state": last}
     # Only rows that continue: the second half cannot know that its first token starts anew.
     for b in np.flatnonzero(continues):
         helpers.assert_close(
             np.concatenate(halves, axis=1)[b], o[b], dtype_of(backend), reduction=PROPERTY_T, name="outputs"
         )
-        helpers.assert_close(carried[b], state[b], dtype_of(backend), reduction=PROPERTY_T, name="state")
+        helpers.assert_close(last[b], state[b], dtype_of(backend), reduction=PROPERTY_T, name="state")
 
 
 @holds(seed=seeds, split=st.integers(1, PROPERTY_T - 1))

@@ -38,11 +38,11 @@ def test_the_change_is_the_zero_order_hold(M):
     with jax.enable_x64(True):
         change = np.asarray(legs_change(jnp.asarray(t - 1), M, jnp.float64))
         first = legs_change(jnp.zeros(2, int), M, jnp.float64)
-    for own, tokens in zip(change, t, strict=True):
+    for change_t, tokens in zip(change, t, strict=True):
         generator = np.block([[-A, b[:, None]], [np.zeros((1, M + 1))]])
         exponential = scipy.linalg.expm(generator * np.log(tokens / (tokens - 1)))
-        assert_close(own + np.eye(M), exponential[:M, :M], "float64", reduction=M)
-        assert_close(-own[:, 0], exponential[:M, M], "float64", reduction=M)
+        assert_close(change_t + np.eye(M), exponential[:M, :M], "float64", reduction=M)
+        assert_close(-change_t[:, 0], exponential[:M, M], "float64", reduction=M)
     np.testing.assert_array_equal(first, np.tile(-np.eye(M), (2, 1, 1)))
 
 

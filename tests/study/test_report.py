@@ -79,9 +79,9 @@ def test_numbers(folder, tmp_path):
     claims = {tuple(row["conditions"]): row for row in results["claims"]}
     assert set(claims) == {("interdomain", "s4d"), ("interdomain", "softmax")}  # the others' cells are not in the study
     differences = losses["interdomain"] - losses["s4d"]
-    found = claims["interdomain", "s4d"]
-    assert found["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
-    assert found["paper"] == pytest.approx(math.log(16.48 / 19.22)) and found["verdict"] == "holds"
+    claim = claims["interdomain", "s4d"]
+    assert claim["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
+    assert claim["paper"] == pytest.approx(math.log(16.48 / 19.22)) and claim["verdict"] == "holds"
     for file in ("compute.png", "seeds.png", "length.png"):
         assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
 
