@@ -36,7 +36,7 @@ def find_mixer(name: str) -> Any:
       name: of `MIXERS`, or "module:Class" for a mixer of one's own.
 
     Raises:
-      ValueError: there is none of this name, or it does not define what a mixer owes.
+      ValueError: there is none of this name, or its class lacks what a mixer must define.
     """
     if ":" not in str(name):
         check_choice("mixer", name, MIXERS)

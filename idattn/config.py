@@ -1,6 +1,6 @@
 """Every setting of a run as frozen dataclasses, checked once when they are built.
 
-A config file (`configs/*.py`) builds a `Config` and hands it on as an `ml_collections.ConfigDict`, the command
+A config file (`configs/*.py`) builds a `Config` and returns it as an `ml_collections.ConfigDict`, the command
 line changes single values of it, and `from_config_dict` turns the result back into a checked `Config`.
 [P] marks values that the paper states (arXiv 2605.24330), [O] values that it leaves open and we chose.
 """
@@ -206,7 +206,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a group of its own for the SSM parameters (appendix A.2 of the paper)."""
+    """AdamW with a separate group for the SSM parameters (appendix A.2 of the paper)."""
 
     peak_lr: float
     warmup_steps: int  # linear from 0; then cosine to final_lr at the last step
@@ -237,9 +237,9 @@ class TrainConfig:
     eval_every: int = 500  # steps; always after the last
     eval_batches: int = 64  # validation batches of an evaluation at most
     checkpoint_every: int = 500  # steps; always after the last
-    keep_latest: int = 2  # checkpoints
+    keep_latest: int = 2  # the newest checkpoints
     keep_best: int = 1  # checkpoints with the lowest validation loss
-    ngram_orders: int = 0  # print n-gram baselines of order 1 to this many beside the validation loss; 0: none
+    ngram_orders: int = 0  # print n-gram baselines of order 1 to this many next to the validation loss; 0: none
     sample_prompt: str = ""  # print a continuation of this text after training; empty: none
     sample_tokens: int = 400
 
@@ -277,7 +277,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is; the others may change when it is resumed.
 
-        Paths are none of them: a run's data and tokenizer are compared by content (`idattn.data.digests`).
+        Paths do not count: a run's data and tokenizer are compared by content (`idattn.data.digests`).
         """
         values = dataclasses.asdict(self)
         del values["compute"], values["mesh"]

@@ -27,7 +27,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def state_size(config: ModelConfig, mixer: str, context: int) -> int:
-    """Real numbers that one layer carries from token to token for a sequence, without convolution tails (table 5)."""
+    """Real numbers in the state of one layer for a sequence, without convolution tails (table 5)."""
     return find_mixer(mixer).state_size(config, context)
 
 

@@ -39,7 +39,7 @@ def make_mesh(
     config: MeshConfig,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # no stub says it is a class
 ) -> Mesh:
-    """The mesh of a run over all devices, or those given; axes that talk most have the nearest neighbours.
+    """The mesh of a run over all devices, or those given; axes that exchange the most join the nearest devices.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
@@ -99,7 +99,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
-    """A weight, split as `dims` say, with its "D" whole; its gradient is summed to where it lies, by a reduce-scatter.
+    """A weight, split as `dims` say, with its "D" whole; a reduce-scatter sums its gradient into the same parts.
 
     Left to itself the partitioner sums the gradient on every device, which moves twice as much.
     """
@@ -127,7 +127,7 @@ def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
     """`function` run by every device on its shards of the arguments, or itself where there is one device."""
     if current_mesh() is None:
         return function
-    # The check wants every zero that a loop starts from marked as varying, which would be all over the ops.
+    # The check would have every zero that a loop starts from cast to varying, all over the ops.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

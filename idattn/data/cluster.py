@@ -28,7 +28,7 @@ def submit(settings: Preparation, out: str, *, engine: str, tasks: int, **option
     check_choice("engine", engine, _EXECUTORS)
     executor = getattr(optional.load("datatrove.executor", f"engine={engine!r}", extra="cluster"), _EXECUTORS[engine])
     folder, last = disk_path(out).absolute(), None
-    begin(settings, folder)  # here, where the tokenizer can be had
+    begin(settings, folder)  # here, where the tokenizer is available
     for attempt in range(1 + settings.deduplicate):
         logs = folder.with_name(f"{folder.name}-logs") / str(attempt)
         step = functools.partial(_run_part, settings, str(folder))

@@ -203,7 +203,7 @@ def train_iterator(
       batch_size: B, at least 1.
       seed: at least 0.
       rows: the rows of every batch to read, ascending; None for all.
-      weights: the share of windows from each of several sources, to 1 %; interleaved evenly, each with its own epochs.
+      weights: the share of windows from each of several sources, to 1 %; interleaved evenly; each has separate epochs.
 
     Returns:
       A checkpointable iterator over dicts of (rows, T) arrays, the keys those of `TokenWindows`.
@@ -225,7 +225,7 @@ def train_iterator(
     shuffled = [grain.MapDataset.source(part).seed(seed + n).shuffle().repeat() for n, part in enumerate(windows)]
     mixed = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
     batches = grain.MapDataset.source(_Batches(mixed, batch_size, range(batch_size) if rows is None else rows))
-    # A few batches ahead by a few threads, which wait for the disk outside of Python; the default keeps 500.
+    # A few threads read a few batches ahead, and wait for the disk outside of Python; grain's default is 500.
     ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
     return _TrainIterator(iter(batches.to_iter_dataset(ahead)), windows)
 

@@ -21,7 +21,7 @@ def mqar_rows(
 
     BOS, then `pairs` keys and their values, then random tokens among which every key comes once more, its value after
     it; a key is asked for after a gap g with probability in proportion to g^(power - 1). In the original, noise stands
-    after a key that is asked for, and its value is only the label; here it is the next token, as a language model has.
+    after a key that is asked for, and its value is only the label; here it is the next token, as in a language model.
     The original has no BOS, leaves id 0 out of the keys, and draws its noise from all ids, keys too.
 
     Args:

@@ -104,7 +104,7 @@ def error_by_features(
 
 
 def s4d_residual(num_modes: int, delta: float, lengths: Sequence[int], *, degrees: int = 8) -> np.ndarray:
-    """What no readout of S4D-Inv's state tells of HiPPO-LegS's coefficients, when all tokens are white noise.
+    """The part of HiPPO-LegS's coefficients that no readout of S4D-Inv's state tells, for tokens of white noise.
 
     The paper's first relaxation puts fixed modes in place of those that stretch with the past: S4D-Inv, the start of
     the scalable layer, weighs the token j ago by real and imaginary parts of exp(delta a_m j), m < M, LegS by

@@ -24,7 +24,7 @@ from idattn.nn import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the tasks ask, each of those that concern it."""
+    """The settings of the tasks; a task reads those that concern it."""
 
     corpora: tuple[str, ...] = ()  # PATH or NAME=PATH of texts or prepared folders; none: what the run held out
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)  # tokens of a window or prompt

@@ -123,7 +123,7 @@ class Decoder:
         Args:
           tokens: (B, T) integers in [0, vocab_size), rows padded at the right with anything.
           lengths: (B,) how many tokens of each row count; None for all.
-          context: what came before, given up; None for nothing. Then every row needs a token.
+          context: of the tokens before, donated; None for none. Then every row needs a token.
           max_tokens: the caches of softmax layers get room for this many tokens in all, rounded up to a power of two
             (`start` gives room for an exact number); they grow where it is too small.
 
@@ -167,9 +167,9 @@ class Decoder:
         """Write tokens, in one program on the device.
 
         Args:
-          context: what came before, at least a token in every row; given up.
+          context: of the tokens before, at least one in every row; donated.
           sampling: settings of the rows, from `sampling`.
-          num_tokens: at most `block_size`, which None stands for. Ends earlier when no row is active.
+          num_tokens: at most `block_size`, which None stands for. Writing ends earlier when no row is active.
           active: (B,) bool, rows to write in; None for all.
           stop_tokens: a row ends after the first of these that it writes.
 

@@ -42,7 +42,7 @@ def save_weights(
 
 
 def load_weights(folder: epath.PathLike) -> tuple[Config, Any, int]:
-    """The config, parameters as nested dicts, and step of such a folder.
+    """The config, parameters as nested dicts, and step in the folder of an export.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -70,7 +70,7 @@ def abstract_params(config: Config) -> Any:
 
 
 def save_context(path: epath.PathLike, context: Context, decoder: Decoder) -> None:
-    """Write a context: of any prompt, as large as of one token, but for the caches of softmax layers.
+    """Write a context. Its size does not depend on the prompt, but for the caches of softmax layers.
 
     Args:
       path: of the file, which is replaced; missing folders are made.

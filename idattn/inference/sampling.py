@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Sampling(NamedTuple):
-    """How each of B rows is sampled, arrays (B,): other values need no other program. See `make_sampling`."""
+    """How each of B rows is sampled, arrays (B,): new values need no new program. See `make_sampling`."""
 
     num_ids: jax.Array
     temperature: jax.Array

@@ -186,7 +186,7 @@ class TextStream:
         self._held = ""  # may begin a stop string
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """What these tokens release."""
+        """The text that these tokens release."""
         released = ""
         for token in tokens:
             if self.stopped:
@@ -201,7 +201,7 @@ class TextStream:
         return released
 
     def end(self) -> str:
-        """What was held back, when no token follows."""
+        """The text that was held back, once no token follows."""
         if self.stopped:
             return ""
         before = self._tokenizer.decode(self._tokens[: self._known])

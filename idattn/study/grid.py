@@ -54,7 +54,7 @@ class Study:
 
         Args:
           text: SCALE,MIXER,SEED of the cell.
-          shared: the config of all cells; the cell's mixer and seed replace its own.
+          shared: the config of all cells; its mixer and seed are replaced by the cell's.
 
         Raises:
           ValueError: as `cell`.
@@ -85,7 +85,7 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
     """The records of a study's cells that are there, in its order.
 
     A record holds `config`, `versions`, `device`, `date`, `curve` (pairs of step and validation loss in nats per token)
-    and `evaluations` (the tasks of `idattn evaluate`); that of a cell that failed `error`.
+    and `evaluations` (the tasks of `idattn evaluate`); the record of a cell that failed holds `error`.
 
     Args:
       folder: of the records.

@@ -33,7 +33,7 @@ _MIN_SEEDS = 3
 
 
 class Spread(NamedTuple):
-    """A mean over seeds and the sample standard deviation, which a single one has not."""
+    """A mean over seeds and the sample standard deviation, which a single seed does not have."""
 
     mean: float
     sd: float | None
@@ -124,7 +124,7 @@ def _paper_perplexity(config: Config) -> str:
 
 
 def _claims(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each claim and scale the differences seed by seed, in nats; negative where it holds."""
+    """The differences of each claim at each scale, seed by seed, in nats; negative where the claim holds."""
     _, paper = RESULTS["perplexity", "perplexity"]
     rows = []
     for scale in dict.fromkeys(cell.scale for cell in done):
@@ -150,9 +150,9 @@ def _claims(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Whether differences that a claim has negative exceed their spread.
+    """Whether differences, which are negative where a claim holds, exceed their spread.
 
-    They do where all have the sign of their mean, and it is more than two standard deviations of them.
+    They do where all have the sign of their mean, and the mean exceeds two of their standard deviations.
     """
     if len(differences) < _MIN_SEEDS:
         return f"{len(differences)} of {_MIN_SEEDS} seeds"
@@ -166,7 +166,7 @@ def verdict(differences: Sequence[float]) -> str:
 def _measured(
     configs: Mapping[Cell, Config], done: Mapping[Cell, Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Of each task the metrics of every scale and condition, with the paper's."""
+    """The metrics of each task for every scale and condition, with the paper's."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for (scale, condition), cells in by_condition(done).items():
         config = configs[cells[0]]

@@ -1,4 +1,4 @@
-"""Runs the cells of a study, each in a process that can be stopped, killed and shared, until its record is there."""
+"""Runs the cells of a study, each in a process, until all have a record. Several runners may share a study."""
 
 import json
 import subprocess
@@ -134,6 +134,6 @@ def _evaluations(run: Path) -> dict[str, Any] | None:
 
 
 def _end(log: Path) -> str:
-    """The last lines of a log, of lines written over one another the last."""
+    """The last lines of a log; of lines that overwrite one another, as those of progress bars, the last."""
     lines = [line.rsplit("\r", 1)[-1] for line in log.read_text().rstrip().split("\n")]
     return "\n".join(lines[-_LOG_LINES:])

@@ -61,7 +61,7 @@ class Trainer:
             return self._init()
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """The state after a step on a batch, and the step's metrics; the given state's memory is used again."""
+        """The state after a step on a batch, and the step's metrics; the given state's memory is reused."""
         with jax.set_mesh(self.mesh):
             return self._compiled_step(state, batch)
 

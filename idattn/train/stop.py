@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 class StopRequest:
     """Whether the run was asked to stop; a context manager that catches SIGTERM and the first Ctrl-C.
 
-    A signal that arrives while something is compiled, evaluated or saved is kept until the next step. Of several
+    A signal that arrives while something is compiled, evaluated or saved takes effect at the next step. Of several
     processes each may get the notice at another time: jax's coordination service, which then catches SIGTERM, names the
     step that all of them reach.
     """
