@@ -1,4 +1,4 @@
-"""The paper's language models and training recipe (arXiv 2605.24330, section 4, A.2, B.1), at four scales.
+r"""The paper's language models and training recipe (arXiv 2605.24330, section 4, A.2, B.1), at four scales.
 
 idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-100BT --out=data/fineweb-edu \
     --tokenizer=meta-llama/Llama-2-7b-hf

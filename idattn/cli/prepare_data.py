@@ -1,4 +1,4 @@
-"""Prepare text for training: tokens in checked shards, which any number of runs can read in any order.
+r"""Prepare text for training: tokens in checked shards, which any number of runs can read in any order.
 
 idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-10BT --tokenizer=meta-llama/Llama-2-7b-hf \
     --out=data/fineweb-edu
