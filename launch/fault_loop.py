@@ -1,10 +1,10 @@
-"""Kill a training run at random moments, go on each time with another number of processes, and compare with a run that
-nothing happened to: every loss must be the same, bit for bit.
+"""Kill a training run at random moments, resume it each time with another number of processes, and compare its losses.
 
 python -m launch.fault_loop --kills=20 --workdir=/tmp/faults --log=docs/faults.txt
 
-A small model on --devices simulated CPU devices, which 1, 2 or 4 local processes share. Each life ends by SIGKILL, to
-all processes or first to one of them, or by SIGTERM to one, which all must answer by saving and exiting with 0.
+Every loss must be that of a run that nothing happened to, bit for bit. The model is small; 1, 2 or 4 local processes
+share --devices simulated CPU devices. Each life of the run ends by SIGKILL, to all processes or first to one of them,
+or by SIGTERM to one process, which all processes must answer by saving and exiting with 0.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ SETTINGS = [
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("kills", 20, "Lives that are ended.", lower_bound=1)
+    flags.DEFINE_integer("kills", 20, "How many times the run is killed or stopped.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Steps of the run.", lower_bound=1)
-    flags.DEFINE_integer("checkpoint_every", 5, "Steps; few, so that many kills come in the middle of a save.")
+    flags.DEFINE_integer("checkpoint_every", 5, "Steps between checkpoints; few, to kill many saves.")
     flags.DEFINE_integer("devices", 4, "Simulated devices of all processes together.")
     flags.DEFINE_list("processes", ["1", "2", "4"], "Numbers of processes to choose from.")
-    flags.DEFINE_integer("seed", 0, "Of the moments, signals and numbers of processes.")
+    flags.DEFINE_integer("seed", 0, "Seed of the moments, signals and numbers of processes.")
     flags.DEFINE_string("workdir", None, "Folder for the runs; what is there is deleted.", required=True)
-    flags.DEFINE_string("log", None, "File to write what happened to.")
+    flags.DEFINE_string("log", None, "File for a line on each life.")
 
 
 def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
@@ -98,7 +98,7 @@ def end_a_life(workdir: Path, rng: random.Random) -> str:
     processes = start(workdir, count)
     begun = time.monotonic()
     delay = rng.uniform(0, 8)
-    if rng.random() < 0.8:  # else while it starts
+    if rng.random() < 0.8:  # else it ends while it starts
         while len(losses(workdir)) <= first and None in wait(processes, 0.2):
             pass
     wait(processes, delay)
@@ -108,7 +108,7 @@ def end_a_life(workdir: Path, rng: random.Random) -> str:
     step = max((step for step, _ in losses(workdir)), default=0)
     answer = ""
     if kind == "SIGTERM to one":
-        # Before the processes know each other SIGTERM ends them as it ends any program: nothing is lost.
+        # Before the processes are connected, SIGTERM ends them as it ends any program, and nothing is lost.
         began = time.monotonic() - begun > 20 or len(losses(workdir)) > first
         rng.choice(processes).send_signal(signal.SIGTERM)
         codes = wait(processes, 60 if began else 5)

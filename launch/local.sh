@@ -4,7 +4,7 @@
 #   launch/local.sh [--processes=2] [--devices=2] [--dry-run] --config=FILE --workdir=FOLDER ...
 #
 # All further arguments are those of launch.train. Lines of every process but the first begin with its number. Ctrl-C and
-# SIGTERM are passed on to all processes, which save and exit; a second one kills them. The exit status is the worst of
+# SIGTERM are passed on to all processes, which save and exit; a second one kills them. The exit status is the largest of
 # theirs. PYTHON names another interpreter than python; --dry-run prints the commands and runs none.
 
 set -euo pipefail

@@ -8,8 +8,8 @@
 # the repository, with an environment active that has `pip install -e '.[cuda]'`; PYTHON names another interpreter than
 # python. The nodes have 8 GPUs, or as many as you say: sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16.
 #
-# Five minutes before the time limit the run saves and exits, and the job goes back into the queue, from where it goes
-# on; so it does after a node failed or a preemption. --dry-run prints the commands of the job and runs none.
+# Five minutes before the time limit the run saves and exits, and the job returns to the queue, from where it resumes. It
+# also resumes after a node failure or a preemption. --dry-run prints the commands of the job and runs none.
 
 #SBATCH --job-name=idattn
 #SBATCH --nodes=1
@@ -52,7 +52,8 @@ if [ "$dry_run" ]; then
 fi
 [ "${SLURM_JOB_ID-}" ] || die "this is no SLURM job; submit it with sbatch launch/slurm.sh, or try --dry-run."
 
-# Not SIGTERM, which comes from a user who cancels the job and does not want it back. scancel signals the tasks alone.
+# SIGTERM is not caught: it comes from a user who cancels the job and does not want it back. scancel signals the tasks
+# alone.
 stopped=''
 trap 'stopped=yes; trap "" USR1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 "${command[@]}" &

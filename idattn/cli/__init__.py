@@ -17,7 +17,7 @@ from absl import app, flags, logging
 import idattn
 from idattn.choices import check_choice
 
-# Imported when it is run. The first line of the module's docstring is what `idattn --help` shows.
+# A program is imported when it runs. `idattn --help` shows the first line of its module's docstring.
 PROGRAMS = {
     "train": "idattn.cli.train",
     "generate": "idattn.cli.generate",
@@ -37,7 +37,7 @@ PROGRAMS = {
     "plot-ideal": "idattn.cli.plot_ideal",
 }
 TRACEBACK = "IDATTN_TRACEBACK"
-# Errors that tell of a mistake of the user: always, and where this package raises them.
+# Errors that tell of a mistake of the user, wherever they come from, and those that do if this package raises them.
 _ALWAYS = (flags.Error, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _OURS = (ValueError, NotImplementedError, ImportError)
 _PACKAGE = str(Path(idattn.__file__).parent)

@@ -2,9 +2,9 @@
 
 idattn bench-data --source=austen --tokenizer=tokenizer.model
 
-Preparing is timed in one process, in turns with `datasets.map` of the same tokenizer, which must count the same tokens;
-both by processor time, so that other work on the machine counts for neither.
-The loader reads shuffled batches of the folder, and is compared with what the 1.3B config consumes on a chip.
+Preparing is timed in one process, in turns with `datasets.map` of the same tokenizer, which must count the same tokens.
+Both are timed by processor time, which other work on the machine does not change. The loader reads shuffled batches of
+the folder; its speed is compared with what the 1.3B config consumes on a chip.
 """
 
 import json
@@ -87,7 +87,7 @@ def seconds(function) -> tuple[float, int]:
 
 
 def map_texts(source: Path, tokenizer, cache: Path) -> int:
-    """Tokenizes by datasets.map, in its default batches; returns the tokens, one more a document for BOS."""
+    """Tokenizes by datasets.map in its default batches; returns the number of tokens, one BOS a document included."""
     datasets = optional.load("datasets", "idattn bench-data")
     rows = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(cache))
     ids = rows.map(lambda batch: {"ids": [tokenizer.encode(text) for text in batch["text"]]}, batched=True)

@@ -1,18 +1,20 @@
-"""Time decoding after prefixes of many lengths, softmax next to fixed-size states; nothing is timed that is wrong.
+"""Time decoding after prefixes of many lengths, softmax next to fixed-size states, once its results are right.
 
 idattn bench-decode --scale=cpu --prefix=128 --prefix=1024 --batch_size=1 --batch_size=4 --out=runs/decode
 idattn bench-decode --scale=1.3B --dtype=bfloat16 --prefix=512 --prefix=16384 --prefix=131072
 idattn bench-decode --scale=1.3B --dtype=bfloat16 --topology=v5e:2x2 --batch_size=1 --batch_size=64
 
-The protocol of the paper's appendix C: random weights, a prefix read in chunks, then 64 tokens written by one compiled
-program, after warm-up runs the median of the timed ones. First decoding is compared with one pass over the whole.
-Next to every time stands the bound of this machine: bytes that must move (weights, states read and written, keys and
-values) divided by the bandwidth of a large copy, measured in this run; what fits in a cache may beat it. Memory is what
-the compiled programs take besides the weights: the context, and temporaries of reading in chunks and, with --whole, all
-at once. OUT gets decode.json, decode.md and decode.png, anew after every row.
+The protocol is that of the paper's appendix C: random weights, a prefix that is read in chunks, and 64 tokens that one
+compiled program writes. A time is the median of the timed runs, which warm-up runs precede. First of all, decoding is
+compared with one pass over the whole sequence.
 
-With --topology nothing runs: the programs are compiled for a TPU that need not be there, and the bytes counted that a
-token moves to and from HBM, with its share of what the end of a block moves.
+Next to every time stands the bound of this machine: the bytes that must move (weights, states read and written, keys
+and values) divided by the bandwidth of a large copy, measured in the same run. What fits in a cache may beat the bound.
+Memory is what the compiled programs take besides the weights: the context, and the temporaries of reading the prefix in
+chunks and, with --whole, at once. OUT/decode.json, .md and .png are written again after every row.
+
+With --topology nothing runs. The programs are compiled for a TPU that need not be there, and the table has the bytes
+that a token moves to and from HBM, with its share of the bytes that the end of a block moves.
 """
 
 import functools
@@ -46,15 +48,15 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum(
         "scale", ["cpu"], ["cpu", *load_module("paper").SCALES], "Sizes of the model; may be given several times."
     )
-    flags.DEFINE_multi_enum("mixer", ["softmax", "interdomain"], list(MIXERS), "Mixers; the first is compared with.")
-    flags.DEFINE_multi_integer("prefix", [512, 2048], "Tokens before; may be given several times.", lower_bound=1)
+    flags.DEFINE_multi_enum("mixer", ["softmax", "interdomain"], list(MIXERS), "Mixers; ratios are to the first.")
+    flags.DEFINE_multi_integer("prefix", [512, 2048], "Tokens of a prefix; may be given several times.", lower_bound=1)
     flags.DEFINE_multi_integer("batch_size", [1], "Rows; may be given several times.", lower_bound=1)
     flags.DEFINE_integer("steps", 64, "Tokens that are written.", lower_bound=1)
     flags.DEFINE_integer("warmup", 5, "Runs before those that are timed.", lower_bound=0)
     flags.DEFINE_integer("repeats", 20, "Timed runs, of which the median counts.", lower_bound=1)
     flags.DEFINE_integer("chunk_size", 2048, "Tokens of the prefix that are read at a time.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Of weights and activations.")
-    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "What states are kept in.")
+    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Dtype of weights and activations.")
+    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "Dtype of stored states.")
     flags.DEFINE_bool("whole", False, "Also compile reading the prefix all at once, for its memory.")
     flags.DEFINE_float("max_gib", 8, "Rows whose context takes more are left out.", lower_bound=0)
     flags.DEFINE_string("topology", None, "Compile for this TPU, as v5e:2x2, and count bytes.")
@@ -109,7 +111,7 @@ def step_seconds(decoder: Decoder, batch_size: int, prefix: int) -> float:
     for _ in range(FLAGS.warmup + FLAGS.repeats):
         fresh = jax.block_until_ready(decoder.fork(context, range(batch_size)))
         start = time.perf_counter()
-        decoder.decode(fresh, sampling)  # returns its tokens, so all is done
+        decoder.decode(fresh, sampling)  # returns tokens to the host, so the program is done
         times.append(time.perf_counter() - start)
     return float(np.median(times[FLAGS.warmup :])) / FLAGS.steps
 
@@ -125,7 +127,7 @@ def context_bytes(decoder: Decoder, batch_size: int, max_tokens: int) -> int:
 
 
 def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwidth: float) -> None:
-    """Fill in a row of the table, whose memory may not suffice."""
+    """Fill in a row of the table; one whose context exceeds --max_gib gets no times."""
     mixer, batch_size, prefix = row["mixer"], row["batch_size"], row["prefix"]
     room = prefix + FLAGS.steps
     least = row["least_bytes"] = decode_bytes(
@@ -143,7 +145,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
         return
     row["seconds"] = step_seconds(decoder, batch_size, prefix)
     row["bound_seconds"] = least / bandwidth
-    room = room if find_mixer(mixer).grows else 0  # which nothing else depends on
+    room = room if find_mixer(mixer).grows else 0  # only caches depend on it
     row["prefill_bytes"] = prefill_bytes(decoder, batch_size, room)
     if FLAGS.whole:
         whole = make_decoder(model, prefix)
@@ -151,7 +153,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
 
 
 def write_table(rows: list[dict[str, Any]], title: str) -> str:
-    """The rows as a markdown table, ratios to the first mixer."""
+    """The rows as a markdown table, with ratios to the first mixer."""
     columns = {
         "seconds": ("ms a step", 1e3), "bound_seconds": ("bound, ms", 1e3), "token_bytes": ("MB a token", 1e-6),
         "block_share_bytes": ("+ of a block, MB", 1e-6), "least_bytes": ("at least, MB", 1e-6),
@@ -181,7 +183,7 @@ def _place(row: dict[str, Any]) -> tuple[str, int, int]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Time of a step over the prefix, a panel for each scale, bounds dashed."""
+    """Draw the time of a step against the prefix, in a panel for each scale; bounds are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,13 @@
-"""Time the op's backends next to softmax attention, forward and with gradients; nothing is timed that is wrong.
+"""Time the op's backends next to softmax attention, forward and with gradients, once their results are right.
 
 idattn bench-ops --shape=cpu --seq_len=4096
 idattn bench-ops --shape=1.3B --seq_len=512 --seq_len=65536 --backend=chunkwise --backend=fft
 idattn bench-ops --shape=1.3B --dtype=bfloat16 --topology=v5e:2x2 --backend=pallas_tpu
 
-Each backend is first compared with the literal recurrence: outputs and all gradients, at 512 tokens at most. Times are
-the best of several runs, ratios how many times faster than softmax attention written out in this run, memory what
-the compiled forward and backward pass takes besides its arguments and results. With --topology everything is compiled
-for a TPU that need not be there, and memory is all that can be said.
+Each backend is first compared with the literal recurrence: outputs and all gradients, at 512 tokens at most. A time is
+the best of several runs. A ratio says how many times as fast as softmax attention, written out, a backend is in this
+run. Memory is what the compiled forward and backward pass takes besides its arguments and results. With --topology
+everything is compiled for a TPU that need not be there, and the table has the memory only.
 """
 
 import json
@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum("backend", ["chunkwise"], ["auto", *BACKENDS], "Backends; may be given several times.")
     flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Of q, k and v.")
+    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Dtype of q, k and v.")
     flags.DEFINE_integer("repeats", 5, "Runs, of which the best counts.", lower_bound=1)
     flags.DEFINE_float("max_gib", 8, "Softmax whose scores take more is left out.", lower_bound=0)
     flags.DEFINE_string("topology", None, "Compile for this TPU, as v5e:2x2, and only report memory.")
@@ -115,7 +115,7 @@ def measure(function, g, arguments) -> dict[str, float]:
 
 
 def candidates(shape, platform: str):
-    """Name -> (function, whether it takes the basis), and what was found wrong."""
+    """Name -> (function, whether it takes the basis), and a sentence on each backend whose results are wrong."""
     functions = {WRITTEN_OUT: (written_out, False), FLASH: (lambda *x: fused(*x, platform=platform), False)}
     wrong = []
     for name in FLAGS.backend:

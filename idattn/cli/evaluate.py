@@ -11,7 +11,7 @@ mqar        recall of each of --entries pairs of tokens in each of --lengths
 any task of lm-evaluation-harness (the extra "eval"), and lists of the paper's: commonsense (eight tasks), based_recall,
             longbench14; with --eval_data the eight tasks are read from there, not from the network
 
-OUT/results.json and OUT/results.md are written after every task; those of other tasks that are there stay.
+OUT/results.json and OUT/results.md are written after every task; they retain the results of other tasks.
 """
 
 import json
@@ -52,8 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.", 1)
     flags.DEFINE_integer("max_tokens", 2**20, "Tokens to read of each text, from its beginning.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2**14, "Tokens of the rows that are read together.", lower_bound=1)
-    flags.DEFINE_integer("seed", 42, "Of the questions.")
-    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "In which states are stored.")
+    flags.DEFINE_integer("seed", 42, "Seed of the questions.")
+    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "Dtype of stored states.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that are read at a time.", lower_bound=1)
 
 

@@ -5,9 +5,9 @@ cat book.txt | idattn generate --checkpoint=runs/quickstart --prompt_file=- --sa
 idattn generate --checkpoint=runs/quickstart --load_context=book.safetensors --prompt=" And then"
 idattn generate --checkpoint=runs/quickstart --jsonl=prompts.jsonl --out=answers.jsonl
 
-The text appears as it is written; of several samples, the first. A context file holds all that the model stores of a
-prompt, which is then not read again. In JSONL mode every row {"prompt": ...} comes back with its "completions", as soon
-as its batch is done; a row may have settings, as {"prompt": ..., "temperature": 0.5, "seed": 7}.
+The text appears as it is written; of several samples the first does. A context file holds all that the model stores of
+a prompt, so that the prompt is not read again. In JSONL mode every row {"prompt": ...} comes back with its
+"completions" as soon as its batch is done; a row may have settings, as {"prompt": ..., "temperature": 0.5, "seed": 7}.
 """
 
 import json
@@ -52,10 +52,10 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample among the most likely tokens that together have this probability.")
     flags.DEFINE_float("min_p", 0.0, "Sample what is at least this many times as likely as the most likely token.")
     flags.DEFINE_float("repetition_penalty", 1.0, "Makes tokens that have occurred less likely where above 1.")
-    flags.DEFINE_integer("seed", 0, "Of the first sample; the others have the next ones.")
+    flags.DEFINE_integer("seed", 0, "Seed of the first sample; further samples have the next seeds.")
     flags.DEFINE_string("load_context", None, "File of a context that the prompts follow.")
     flags.DEFINE_string("save_context", None, "File to save the context of the prompt in.")
-    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "In which states are stored.")
+    flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "Dtype of stored states.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a prompt that are read at a time.", lower_bound=1)
     flags.DEFINE_integer("tensor", 1, "Devices to split the model over, by heads.", lower_bound=1)
 

@@ -6,8 +6,8 @@ idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4 --compare=paper:1
 
 The program is the one that `idattn train` would run, kernels included, compiled by the TPU's own compiler. Without a
 mesh in the config, mesh, rematerialisation and accumulation are searched: the plan is the first that fits, from the one
-that recomputes least to the one that recomputes most, and the flags to train by it are printed. What is printed of the
-program, each chip and step:
+that recomputes least to the one that recomputes most, and the flags to train by it are printed. The output describes
+the program, for each chip and step:
 
   memory       arguments by kind, and temporaries as the compiler allocated them, next to the chip's HBM
   collectives  bytes that a chip sends, by kind, from the compiled program, loops multiplied out (a ring's share: an
@@ -18,7 +18,7 @@ program, each chip and step:
   bound        the longest of three times at published peaks, were they reached and all overlapped: products, HBM (an
                estimate: weights, optimiser, inputs and outputs of products), links.
 
---compare plans another model, of which all else is as in --config, and prints both steps by part.
+--compare plans another model with all other settings of --config, and prints both steps by part.
 """
 
 import dataclasses

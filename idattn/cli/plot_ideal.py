@@ -2,7 +2,7 @@
 
 idattn plot-ideal --out=docs/ideal.png
 
-Seconds. What each curve is: `idattn.evals.ideal`.
+It takes seconds. `idattn.evals.ideal` describes every curve.
 """
 
 import matplotlib

@@ -3,10 +3,11 @@
 idattn plot-kernel --out=docs/kernel.png
 idattn plot-kernel --checkpoint=runs/quickstart --out=docs/learned_kernel.png --json=runs/quickstart/blur.json
 
-Plain linear attention is w(i, j) = [i = j]. Without a checkpoint, the basis of one head as it starts (S4D-Inv), M = 64,
-for three step sizes, where C is the identity and the readout hermitian. With one, every head of a trained model next to
-what the run started from: w(i, j) (of linear readouts h(i)); the width of the values that a key reaches, and its
-strength, against its distance (`idattn.evals.blur.Resolution`); half-life and frequency of every mode.
+Plain linear attention is w(i, j) = [i = j]. Without a checkpoint, the figure has the basis of one head as it starts
+(S4D-Inv), with M = 64 and three step sizes; C is the identity and the readout hermitian. With a checkpoint, it has
+every head of the trained model next to what the run started from: w(i, j), or h(i) of linear readouts; the width of the
+values that a key reaches, and its strength, against its distance (`idattn.evals.blur.Resolution`); half-life and
+frequency of every mode.
 """
 
 import json
@@ -37,7 +38,7 @@ def define_flags() -> None:
 
 
 def plot_start(length: int) -> Figure:
-    """The heads of the module's docstring."""
+    """The heads that the module's docstring describes."""
     figure = Figure(figsize=(10, 3.4), dpi=80, layout="constrained")
     axes = figure.subplots(1, len(DELTAS), sharey=True)
     for cell, delta in zip(axes, DELTAS, strict=True):

@@ -5,14 +5,14 @@ idattn prepare-data --source=hf:HuggingFaceFW/fineweb-edu,sample-10BT --tokenize
 idattn prepare-data --source=books.jsonl.zst --train_vocab=8192 --out=data/books --validation=0.02
 
 After an interruption, the same command resumes. FineWeb-Edu's samples are sample-10BT, sample-100BT and sample-350BT;
-default is the whole, and NAME@REVISION pins what may change meanwhile. Without a network give
---tokenizer=tokenizer.model and --source=FOLDER with a copy made where there is one:
+the name `default` stands for all of it. NAME@REVISION pins a data set that may change. Without a network, give
+--tokenizer=tokenizer.model and --source=FOLDER with a copy that was made where there is a network:
 
 hf download HuggingFaceFW/fineweb-edu --repo-type=dataset --include='sample/10BT/*' --local-dir=FOLDER
 
-On several machines that share a folder: --engine=slurm or ray, by datatrove (pip install idattn[cluster]), such as
---engine=slurm --tasks=64 --engine_options='{"partition": "cpu", "time": "8:00:00"}'; or, by whatever starts jobs, this
-on machine i of n with --part=i/n, and again until one says that the folder is complete.
+Several machines that share a folder can divide the work. datatrove (pip install idattn[cluster]) starts the parts with
+--engine=slurm or --engine=ray, and takes --tasks=64 and --engine_options='{"partition": "cpu", "time": "8:00:00"}'.
+Or start the command on machine i of n with --part=i/n, and again until one says that the folder is complete.
 """
 
 import json

@@ -2,10 +2,10 @@
 
 idattn scaling --out=docs/scaling
 
-For each model, slice and context the first of these plans that fits: nothing recomputed, then dots, mixer, block, each
-in one pass over the batch, then in parts. A step has 524,288 tokens, or one row where that is longer. Every figure is
-from a train step that the TPU's compiler compiled (`idattn plan`), so a row takes a minute or more. OUT.json keeps the
-rows as they come; those that are there are not compiled again.
+For each model, slice and context, the table has the first of these plans that fits: nothing recomputed, then dots,
+mixer, block, each in one pass over the batch, then in parts. A step has 524,288 tokens, or one row where that is
+longer. Every figure is from a train step that the TPU's compiler compiled (`idattn plan`), so a row takes a minute or
+more. Each row is added to OUT.json at once; rows that are there are not compiled again.
 """
 
 import dataclasses

@@ -2,17 +2,16 @@
 
 idattn schedule --shape=1.3B --topology=v5e:2x2 --direction=forward --segments
 
-One line a Pallas kernel, per head and 128 tokens:
+The table has a line for each Pallas kernel, with figures per head and 128 tokens:
 
-  bundles   VLIW bundles of a grid step as libtpu schedules it, "empty" ones (stalls) included, about its cycles: all
-            code of the step, also what runs in some steps only. DMA waits are not in it, hence the next column.
+  bundles   VLIW bundles of a grid step as libtpu schedules it, "empty" ones (stalls) included: about its cycles. All
+            code of the step counts, also what only some steps run. Waits for DMA do not; for them see the next column.
   HBM       bytes that the grid moves, a block counting whenever its index changes from one step to the next, tables,
             states and all; the ratio is to q, k, v in and o out (backward: these, their cotangents and that of o).
   MXU       cycles of the step's matrix products if every array were always busy, rows entering one a cycle and an
             array half filled counting as whole.
 
-With --program also the temporary memory of the compiled program, and the FLOPs of what XLA computes outside of the
-kernels.
+--program adds the temporary memory of the compiled program, and the FLOPs of what XLA computes outside of the kernels.
 """
 
 import json
@@ -36,9 +35,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_multi_enum("shape", ["1.3B"], list(SHAPES), "Named shapes; may be given several times.")
     flags.DEFINE_multi_string("topology", ["v5e:2x2"], "TPU topologies, as v5e:2x2, v5p:2x2x1, v6e:2x2.")
-    flags.DEFINE_multi_enum("direction", ["forward", "backward"], ["forward", "backward"], "Of the op.")
+    flags.DEFINE_multi_enum("direction", ["forward", "backward"], ["forward", "backward"], "Passes of the op.")
     flags.DEFINE_string("backend", "pallas_tpu", "Backend of the op.")
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of q, k and v.")
     flags.DEFINE_integer("seq_len", 4096, "T, tokens.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
     flags.DEFINE_bool("segments", True, "Whether documents are packed.")

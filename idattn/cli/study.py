@@ -7,8 +7,8 @@ runs/CELL is the run of a cell, runs/CELL.log what it printed, cells/CELL.json i
 and figures show what the records say; --report only writes these. Records and report can be stored without the runs.
 
 A cell that fails is reported, and tried again by the next call. Several machines that share WORKDIR may run the same
-command: each takes cells that no other is at. Where a cell takes several hosts, --dry_run prints the commands of what
-is missing, for launch/tpu.sh or launch/slurm.sh; cells that are trained and evaluated are then recorded by this one.
+command: each takes cells that no other works on. Where a cell takes several hosts, --dry_run prints the commands that
+are missing, for launch/tpu.sh or launch/slurm.sh; this command then records cells that are trained and evaluated.
 """
 
 import shlex

@@ -2,8 +2,8 @@
 
 idattn train --config=quickstart --workdir=runs/quickstart --config.train.steps=100
 
-On several hosts, the same command on each with --distributed=auto (Cloud TPU, SLURM, GKE and Open MPI say who is who),
-or --distributed=HOST:PORT,PROCESSES,ID where nothing does, HOST being that of process 0.
+On several hosts, start the same command on each: with --distributed=auto where Cloud TPU, SLURM, GKE or Open MPI number
+the processes, else with --distributed=HOST:PORT,PROCESSES,ID, where HOST is that of process 0.
 """
 
 import jax

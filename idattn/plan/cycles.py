@@ -1,8 +1,8 @@
 """The time of a compiled TPU program, by part, as its compiler estimates it.
 
 The compiler notes the cycles that it expects of every instruction that a core computes (`estimated_cycles`). They are
-summed as the instructions are scheduled: loops are multiplied out, called computations followed, of a conditional the
-longest branch counts, and a fusion is one estimate for all that it holds. Kernels carry no estimate; the caller gives
+summed as the instructions are scheduled: loops are multiplied out, called computations followed, a conditional counts
+as its longest branch, and a fusion has one estimate for all that it holds. Kernels have no estimate; the caller gives
 their cycles. Exchanges between chips go one after another at the links' published peak while the core computes; what is
 left when their result is waited for counts as the part `links`.
 """
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
     Attributes:
       parts: cycles by name of `PARTS`.
       uncounted: runs of instructions that move bytes and have no estimate.
-      uncounted_bytes: that those move to and from HBM.
+      uncounted_bytes: bytes that these move to and from HBM.
     """
 
     parts: Counter[str]
@@ -107,7 +107,7 @@ def _cost(
     chip: Chip,
     kernel_cycles: Callable[[Instruction], float],
 ) -> Estimate:
-    """What one run of an instruction takes of the core."""
+    """The cycles of the core in one run of an instruction."""
     if x.kind == "while":
         return _estimate(module, called("body", x), chip, kernel_cycles) * trip_count(module, name, x)
     if x.kind == "conditional":

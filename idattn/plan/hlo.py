@@ -110,7 +110,7 @@ def size(shape: str, *, hbm_only: bool = True, padded: bool = True) -> int:
 
     Args:
       hbm_only: without those that lie in on-chip memory (memory space 1 and above in their layouts).
-      padded: their tiles filled up.
+      padded: with their tiles filled up.
     """
     total = 0
     for dtype, dims, layout in _ARRAY.findall(shape):

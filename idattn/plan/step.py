@@ -92,7 +92,7 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
 def _kernel_costs(config: Config, topology: str, has_kernels: bool) -> Callable[[Instruction], float]:
     """The cycles of a kernel's call in a run's step.
 
-    The schedules come from another process, since the compiler writes those of all that it compiles, or none.
+    The schedules come from another process, since the compiler writes the schedules of all that it compiles, or none.
     """
     costs = {}
     if has_kernels:
@@ -128,7 +128,7 @@ def _times(config: Config, mesh: dict[str, int], chip: Chip) -> dict[str, Any]:
     forward = forward_flops_per_token(model, config.data.seq_len) - 2 * model.model_dim * model.vocab_size
     again = {"none": 0.0, "dots": 0.0, "mixer": forward, "block": forward}[compute.remat]  # of the blocks
     flops = training_flops_per_token(model, config.data.seq_len) * tokens / chips
-    recomputed = (again + 2 * model.model_dim * model.vocab_size) * tokens / chips  # logits are always
+    recomputed = (again + 2 * model.model_dim * model.vocab_size) * tokens / chips  # logits always are
     # Every product reads and writes its activations about once a pass, a layer's weights once a pass and part.
     passes = 3 if again == 0 else 4
     parameters = count_parameters(model)["total"]
