@@ -18,6 +18,7 @@ from idattn.ops.chunks import (
     Tables,
     apply_readout,
     final_state,
+    fold,
     lag_tables,
     last_tokens,
     pad_to_chunks,
@@ -149,11 +150,14 @@ def backward(
         d_spread = einsum_f32("bgnjtl,bgnjtm->glm", read.scores, d_w, dtype)
         d_lags = einsum_f32("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
         d_lags += einsum_f32("bgnsw,nbgwm->gsm", z, d_X, dtype)[:, ::-1]
-        d_decays = complex_multiply(conjugate(to_planes(read.response)), to_planes(d_decayed_response))
-        d_decays += complex_multiply(to_planes(read.w), conjugate(to_planes(d_decayed_w)))
+        response, w, d_decayed_response, d_decayed_w = (
+            to_planes(fold(x, 2, 4)) for x in (read.response, read.w, d_decayed_response, d_decayed_w)
+        )  # (B, G, N J, K, 2, M)
+        d_decays = complex_multiply(conjugate(response), d_decayed_response)
+        d_decays += complex_multiply(w, conjugate(d_decayed_w))
         continued = starts if masks is None else jnp.where(masks.continues, starts, 0)
         d_decay = jnp.sum(complex_multiply(conjugate(to_planes(continued)), to_planes(d_X)), axis=(0, 1, 3))
-        d_decays = jnp.sum(d_decays, axis=(0, 2, 3)).at[:, -1].add(d_decay)
+        d_decays = jnp.sum(d_decays, axis=(0, 2)).at[:, -1].add(d_decay)
         d_readout = readout_cotangent(tables.readout, d_w, read.decayed_response, dtype)
         d_tables = jax.tree.map(jnp.add, d_tables, Tables(d_lags, d_decays, d_readout, d_spread))
         d_inputs = _join_queries(d_q), _join(d_k), _join(d_v)

@@ -1,0 +1,66 @@
+"""The chunked op at the size of real chunks, in programs with all optimisations, of which other tests have few."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import helpers
+
+from idattn.ops import Basis, interdomain_attention
+
+B, T, H, G, R, M = 2, 256, 4, 2, 16, 8
+
+
+def both(backend, segment_ids):
+    """Jitted (case, cotangent) -> outputs and the cotangents of the case."""
+
+    def function(case):
+        c = (case["c_re"], case["c_im"]) if "c_re" in case else None
+        basis = Basis(case["log_delta"], case["a_log"], case["a_imag"], c)
+        inputs = case["q"], case["k"], case["v"], basis
+        return interdomain_attention(
+            *inputs, backend=backend, segment_ids=segment_ids, initial_state=case["initial_state"]
+        )
+
+    def outputs(case, g):
+        o, pullback = jax.vjp(function, case)
+        return {"outputs": o, **pullback(g)[0]}
+
+    return outputs
+
+
+def example(c):
+    rng = np.random.default_rng(0)
+    case = helpers.random_case(rng, B=B, T=T, H=H, G=G, R=R, E=R, M=M, c=c, fast_phase=np.pi)
+    case = {name: jnp.asarray(x, jnp.float32) for name, x in case.items()}
+    return case, jnp.asarray(rng.normal(size=(B, T, H, R)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("backend", "c"), [("chunkwise", "full"), ("chunkwise", "identity"), ("associative", "diagonal")]
+)
+def test_equals_the_recurrence(backend, c, optimised):
+    case, g = example(c)
+    segment_ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
+    expected = jax.jit(both("recurrent", segment_ids))(case, g)
+    actual = jax.jit(both(backend, segment_ids))(case, g)
+    for name in expected:
+        gradient = name != "outputs"
+        helpers.assert_close(actual[name], expected[name], "float32", reduction=T * M, gradient=gradient, name=name)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("c", ["full", "diagonal", "identity"])
+@pytest.mark.parametrize("backend", ["chunkwise", "associative", "recurrent", "fft"])
+def test_no_sum_is_over_an_array_of_more_than_six_axes(backend, c):
+    """Of such sums of products, programs for CPUs are wrong from jaxlib 0.10.2 on."""
+    jaxpr = jax.make_jaxpr(both(backend, None))(*example(c)).jaxpr
+    sums = [e.invars[0].aval.ndim for e in equations(jaxpr) if e.primitive.name == "reduce_sum"]
+    assert sums and max(sums) <= 6
