@@ -1,6 +1,7 @@
 """Files: written whole or not at all, on disks and in buckets, JSON that names a damaged file, and locks."""
 
 import errno
+import io
 import json
 import logging
 import lzma
@@ -91,6 +92,20 @@ def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
         commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_figure(path: epath.PathLike, figure: Any, **options: Any) -> None:
+    """As `write_atomic`, for a figure of matplotlib; a PNG where the name ends otherwise than in .pdf or .svg.
+
+    Args:
+      path: of a disk or gs://BUCKET/FILE.
+      figure: a matplotlib.figure.Figure.
+      **options: of its method `savefig`.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1][1:]
+    data = io.BytesIO()
+    figure.savefig(data, format=suffix if suffix in ("pdf", "svg") else "png", **options)
+    write_atomic(path, data.getvalue())
 
 
 def temporary_name(path: Path) -> Path:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
-from idattn.files import disk_path, lock_file, read_json, read_json_lines, write_atomic
+from idattn.files import disk_path, lock_file, read_json, read_json_lines, write_atomic, write_figure
 
 
 def test_write_atomic(tmp_path, monkeypatch):
@@ -41,6 +42,19 @@ def test_write_that_fails_keeps_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new")
     assert (os.listdir(tmp_path), path.read_text()) == (["file"], "old")
+
+
+@pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.tmp", b"\x89PNG")])
+def test_figures_are_written_as_files_are(tmp_path, monkeypatch, name, start):
+    path = tmp_path / "new" / name
+    write_figure(path, Figure(figsize=(1, 1)), dpi=20)
+    assert path.read_bytes().startswith(start)
+    figure = Figure(figsize=(1, 1))
+    monkeypatch.setattr(figure, "savefig", lambda file, format: file.write(b"half"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_figure(path, figure)
+    assert path.read_bytes().startswith(start) and os.listdir(path.parent) == [name]
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ that a token moves to and from HBM, with its share of the bytes that the end of 
 import functools
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ from idattn.choices import MIXERS, find_mixer
 from idattn.config import ComputeConfig, ModelConfig, from_config_dict
 from idattn.config_files import load_config, load_module
 from idattn.costs import decode_bytes
-from idattn.files import disk_path, write_atomic
+from idattn.files import resolve_path, write_atomic, write_figure
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 from idattn.plan.compiler import load_compiler, tpu_devices
@@ -182,7 +182,7 @@ def _place(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["scale"], row["batch_size"], row["prefix"]
 
 
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
+def plot(rows: list[dict[str, Any]], file: epath.Path) -> None:
     """Draw the time of a step against the prefix, in a panel for each scale; bounds are dashed."""
     import matplotlib
 
@@ -201,11 +201,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         panel.set(title=scale, xlabel="tokens before", ylabel="ms a step (dashed: bound)", xscale="log", yscale="log")
         panel.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    write_figure(file, figure, dpi=120)
     pyplot.close(figure)
 
 
 def main(_):
+    folder = resolve_path(FLAGS.out) if FLAGS.out else None
     if FLAGS.topology:
         load_compiler()
     bandwidth = 0.0 if FLAGS.topology else copy_bandwidth()
@@ -230,8 +231,7 @@ def main(_):
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
                     tqdm.write(f"{scale}, {mixer}, {batch_size} rows after {prefix}: out of memory")
-                if FLAGS.out:
-                    folder = disk_path(FLAGS.out)
+                if folder is not None:
                     write_atomic(folder / "decode.json", json.dumps({"title": title, "rows": rows}, indent=1))
                     write_atomic(folder / "decode.md", write_table(rows, title) + "\n")
                     if timed := [row for row in rows if "seconds" in row]:

@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from idattn.files import resolve_path, write_atomic
 from idattn.ops import BACKENDS, interdomain_attention
 from idattn.ops.softmax import splash
 from idattn.plan.compiler import compile_for, load_compiler
@@ -130,6 +131,7 @@ def candidates(shape, platform: str):
 
 
 def main(_):
+    file = resolve_path(FLAGS.json) if FLAGS.json else None
     if FLAGS.topology:
         load_compiler()
     device = FLAGS.topology or jax.local_devices()[0].device_kind
@@ -159,8 +161,7 @@ def main(_):
                     line += f"{row[key] * 1e3:>{width}.1f}" if key in row else f"{'-':>{width}}"
                     line += f"{first[key] / row[key]:>7.2f}" if key in row and first else f"{'-':>7}"
                 tqdm.write(line + f"{row['temp_bytes'] / 1e6:>12.1f}")
-    if FLAGS.json:
-        with open(FLAGS.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    if file is not None:
+        write_atomic(file, json.dumps(rows, indent=1))
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -7,13 +7,13 @@ with 1 if a shard or record is damaged. A shard that is deleted is made again by
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from idattn.data import TokenStream, load_tokenizer, read_manifest, verify
+from idattn.files import disk_path
 
 FLAGS = flags.FLAGS
 
@@ -25,7 +25,7 @@ def define_flags() -> None:
 def main(arguments):
     if len(arguments) != 2:
         raise ValueError("Give the folder to inspect.")
-    folder = Path(arguments[1])
+    folder = disk_path(arguments[1])
     manifest = read_manifest(folder)
     for name, value in manifest.items():
         if name != "splits":

@@ -23,13 +23,13 @@ the program, for each chip and step:
 
 import dataclasses
 import json
-from pathlib import Path
 
 from absl import flags
 
 from idattn.cli.config_flag import define_config
 from idattn.config import MeshConfig, from_config_dict
 from idattn.config_files import load_config
+from idattn.files import resolve_path, write_atomic
 from idattn.plan.compiler import load_compiler, tpu_devices
 from idattn.plan.search import first_that_fits, plan_flags
 from idattn.plan.step import compare, compile_step, describe
@@ -45,6 +45,7 @@ def define_flags() -> None:
 
 
 def main(_):
+    file = resolve_path(FLAGS.json) if FLAGS.json else None
     load_compiler()
     config = from_config_dict(FLAGS.config)
     runs = {"config": config}
@@ -61,5 +62,5 @@ def main(_):
             print(f"  flags: {plan_flags(run)}")
     if FLAGS.compare and all(x["fits"] for x in figures.values()):
         print(compare(*figures.values()))
-    if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(figures if FLAGS.compare else figures["config"], indent=1))
+    if file is not None:
+        write_atomic(file, json.dumps(figures if FLAGS.compare else figures["config"], indent=1))

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from idattn.choices import FEATURES
 from idattn.evals.ideal import error_by_features, error_by_modes, s4d_residual
+from idattn.files import resolve_path, write_figure
 
 FLAGS = flags.FLAGS
 MODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
@@ -24,6 +25,7 @@ def define_flags() -> None:
 
 
 def main(_):
+    file = resolve_path(FLAGS.out)  # before anything takes long
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -53,4 +55,4 @@ def main(_):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[1].legend(fontsize=8, loc="lower left")
-    figure.savefig(FLAGS.out, dpi=80)
+    write_figure(file, figure, dpi=80)

@@ -10,19 +10,21 @@ values that a key reaches, and its strength, against its distance (`idattn.evals
 frequency of every mode.
 """
 
+import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags, logging
+from etils import epath
 from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from idattn.evals.blur import LayerBlur, blur_kernel, draw_weights, plot_layers, read_layers, resolution
+from idattn.files import resolve_path, write_atomic
 from idattn.nn import InterdomainAttention
 from idattn.train.checkpoint import load_params
 
@@ -63,24 +65,27 @@ def numbers(layer: LayerBlur) -> dict:
     return {"layer": layer.layer, "mixer": layer.mixer} | lists
 
 
-def save(figure: Figure) -> None:
-    """Write a figure to --out, with a palette: a quarter of the bytes."""
+def save(figure: Figure, path: epath.Path) -> None:
+    """Write a figure with a palette: a quarter of the bytes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(256).save(FLAGS.out, optimize=True)
+    data = io.BytesIO()
+    image.quantize(256).save(data, format="png", optimize=True)
+    write_atomic(path, data.getvalue())
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    out, file = resolve_path(FLAGS.out), resolve_path(FLAGS.json) if FLAGS.json else None
     if FLAGS.checkpoint is None:
-        if FLAGS.json:
+        if file is not None:
             raise ValueError("--json needs a --checkpoint.")
-        save(plot_start(FLAGS.length))
+        save(plot_start(FLAGS.length), out)
         return
     config, params, step = load_params(FLAGS.checkpoint)
     layers, start = (read_layers(config, values, FLAGS.length) for values in (params, None))
-    save(plot_layers(layers, start))
+    save(plot_layers(layers, start), out)
     print(f"{FLAGS.checkpoint}, step {step}; {FLAGS.length} tokens, medians of heads, at the start -> now\n")
     print("layer  mixer              half-lives, tokens   width at i = 0    strength at the middle")
     for old, new in zip(start, layers, strict=True):
@@ -90,6 +95,6 @@ def main(_):
             row += "   {:>6.1f} -> {:>5.1f}".format(*(np.median(x.width[:, 0]) for x in pair))
             row += "   {:>12.2f} -> {:.2f}".format(*(np.median(x.strength[:, FLAGS.length // 2]) for x in pair))
         print(row)
-    if FLAGS.json:
+    if file is not None:
         stages = {"step": step, "start": [*map(numbers, start)], "trained": [*map(numbers, layers)]}
-        Path(FLAGS.json).write_text(json.dumps(stages))
+        write_atomic(file, json.dumps(stages))

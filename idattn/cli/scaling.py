@@ -10,16 +10,16 @@ more. Each row is added to OUT.json at once; rows that are there are not compile
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
+from etils import epath
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from idattn.config import from_config_dict
 from idattn.config_files import load_config
-from idattn.files import disk_path, read_json, write_atomic
+from idattn.files import read_json, resolve_path, write_atomic, write_figure
 from idattn.plan.compiler import load_compiler
 from idattn.plan.search import first_that_fits
 
@@ -92,7 +92,7 @@ def table(plans: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def plot(plans: list[dict[str, Any]], path: Path) -> None:
+def plot(plans: list[dict[str, Any]], path: epath.Path) -> None:
     """Tokens a second at most: against chips at 4,096 tokens a row, and of a chip against the context."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_chips, by_context = figure.subplots(1, 2)
@@ -122,12 +122,12 @@ def plot(plans: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(
         "Estimated from compiled programs: published peaks, all of it overlapped; nothing was run", fontsize=10
     )
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def main(_):
+    out = resolve_path(FLAGS.out)
     load_compiler()
-    out = disk_path(FLAGS.out)
     file = out.with_suffix(".json")
     plans = read_json(file, "Delete it to plan anew.", list) if file.exists() else []
     wanted = [

@@ -16,7 +16,6 @@ The table has a line for each Pallas kernel, with figures per head and 128 token
 
 import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from idattn.chips import chip_of
+from idattn.files import resolve_path, write_atomic
 from idattn.ops import interdomain_attention
 from idattn.plan.compiler import compile_for, load_compiler
 from idattn.plan.op_shapes import SHAPES, abstract_inputs
@@ -85,11 +85,12 @@ def report(name: str, topology: str, direction: str, dump: str) -> dict[str, Any
 
 
 def main(_):
+    file = resolve_path(FLAGS.json) if FLAGS.json else None
     with tempfile.TemporaryDirectory() as dump:
         load_compiler(dump_to=dump)
         rows = show(dump)
-    if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(rows, indent=1))
+    if file is not None:
+        write_atomic(file, json.dumps(rows, indent=1))
 
 
 def show(dump: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idattn.data.sources import LINES, Document, Lines, Rows, Texts
+from idattn.files import disk_path
 
 _SUFFIXES = (*LINES, ".parquet", ".txt")
 _MIN_UNITS, _MIN_UNIT_BYTES = 16, 1 << 20  # a small source is cut finer, so that several processes share it
@@ -156,7 +157,7 @@ def split(documents: Sequence[Document], holdout: tuple[str, ...]) -> tuple[list
 
 
 def _path_of(source: str) -> Path:
-    path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else Path(source).expanduser()
+    path = Path(__file__).with_name("austen.jsonl.xz") if source == "austen" else disk_path(source)
     if not path.exists():
         raise FileNotFoundError(
             f"source={source!r} does not exist; give 'austen', the path of a file or folder, or hf:NAME for a dataset "

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from idattn.data import TokenStream
 from idattn.evals.scores import score_rows
+from idattn.files import write_figure
 from idattn.inference import Decoder
 
 _BINS = 64  # of positions in a curve
@@ -113,5 +114,4 @@ def plot_lengths(corpora: Mapping[str, Mapping[int, Mapping[str, Any]]], trained
         axes.axvline(trained_length, color="gray", linestyle=":", label="trained on")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
+    write_figure(path, figure)

@@ -13,6 +13,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from idattn.config import Config
 from idattn.costs import count_parameters
+from idattn.files import write_figure
 from idattn.study.grid import Cell, best_loss, by_condition
 
 Records = Mapping[Cell, Mapping[str, Any]]
@@ -27,7 +28,7 @@ def draw(folder: Path, configs: Mapping[Cell, Config], done: Records) -> dict[st
     if any("length" in record["evaluations"] for record in done.values()):
         figures["length.png"] = ("Beyond the training context", _lengths(configs, done))
     for file, (_, figure) in figures.items():
-        figure.savefig(folder / file)
+        write_figure(folder / file, figure)
     return {title: file for file, (title, _) in figures.items()}
 
 

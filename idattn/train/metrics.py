@@ -10,7 +10,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from idattn.files import resolve_path, write_atomic
+from idattn.files import resolve_path, write_atomic, write_figure
 from idattn.train.storage import LocalFolder
 
 
@@ -107,8 +107,7 @@ def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None =
     axes.grid(alpha=0.3)
     axes.legend()
     image = path.with_name("loss.png")
-    with image.open("wb") as file:
-        figure.savefig(file)
+    write_figure(image, figure)
     return image
 
 

@@ -201,6 +201,8 @@ def test_malformed_text(tmp_path):
 def test_unusable_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="'austin' does not exist; give 'austen'"):
         load_documents("austin")
+    with pytest.raises(ValueError, match="'gs://bucket/x.jsonl' must be a path of a disk; a bucket does not serve"):
+        load_documents("gs://bucket/x.jsonl")
     with pytest.raises(ValueError, match="holds no documents"):
         load_documents(str(tmp_path))
     (tmp_path / "rows.csv").touch()

@@ -125,7 +125,7 @@ def test_refusals(run):
 def test_plot_kernel(run, tmp_path, capsys):
     config, params = run
     save_weights(tmp_path / "export", config, params, 9)
-    picture, file = tmp_path / "learned.png", tmp_path / "learned.json"
+    picture, file = tmp_path / "new" / "learned.png", tmp_path / "new" / "learned.json"
     arguments = [f"--out={picture}", f"--json={file}", f"--length={T}"]
     with defined_flags(plot_kernel):
         run_main(plot_kernel, f"--checkpoint={tmp_path / 'export'}", *arguments)

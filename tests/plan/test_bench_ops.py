@@ -17,7 +17,7 @@ def bench_flags():
 
 
 def run_bench(tmp_path, *arguments):
-    file = tmp_path / "table.json"
+    file = tmp_path / "new" / "table.json"
     run_main(bench_ops, "--seq_len=32", "--repeats=1", f"--json={file}", *arguments)
     return json.loads(file.read_text())
 

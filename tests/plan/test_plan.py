@@ -63,8 +63,8 @@ def test_a_mesh_is_taken_as_it_is(tried, monkeypatch, capsys):
 
 def test_two_models_are_compared_by_part(tried, monkeypatch, capsys, tmp_path):
     options = ["--config.mesh.fsdp=16", "--config.compute.remat=dots", "--config.train.accumulation=2"]
-    run(monkeypatch, *options, "--compare=paper:125M,softmax", f"--json={tmp_path / 'plans.json'}")
+    run(monkeypatch, *options, "--compare=paper:125M,softmax", f"--json={tmp_path / 'new' / 'plans.json'}")
     assert tried == [("interdomain", "dots", 2), ("softmax", "dots", 2)]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["step", "2,000.0", "1,000.0", "0.50"]
-    figures = json.loads((tmp_path / "plans.json").read_text())
+    figures = json.loads((tmp_path / "new" / "plans.json").read_text())
     assert [figures[name]["predicted"]["cycles"] for name in ("config", "compare")] == [2e9, 1e9]

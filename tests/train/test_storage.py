@@ -20,7 +20,7 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 from support.runs import assert_same_arrays, kill, launch, make_config, rows_of, steps_of, wait_until, write_corpus
 
-from idattn.data import load_tokenizer
+from idattn.data import load_documents, load_tokenizer
 from idattn.evals import harness
 from idattn.files import read_json, read_json_lines, resolve_path, write_atomic
 from idattn.inference import load_context, load_weights, save_weights
@@ -199,6 +199,7 @@ def test_no_other_path_becomes_a_local_folder(path, tmp_path, monkeypatch):
         lambda: read_json(path, ""),
         lambda: load_params(path),
         lambda: load_tokenizer(path),
+        lambda: load_documents(path),
         lambda: [*read_json_lines(path)],
         lambda: harness.local_task("piqa", path),
     ):
