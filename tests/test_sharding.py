@@ -207,7 +207,7 @@ def test_what_crosses_does_not_depend_on_the_length():
     assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
 
 
-def test_a_state_goes_on_through_shards(optimised):
+def test_a_state_passes_through_shards(optimised):
     """Two calls with the state between them are one call, though each is split over four devices."""
     layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, c_init_scale=4.0)
     graphdef, params = nnx.split(layer)

@@ -111,7 +111,7 @@ def test_text_comes_back_exactly(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
 def test_compressed_in_parts(tmp_path, suffix):
-    """Parts that were joined are all read; a file that is cut short, or goes on with something else, is named."""
+    """Parts that were joined are all read; a file that is cut short, or has something else after its end, is named."""
     path, parts = tmp_path / f"rows{suffix}", []
     for texts in (("1", "2"), ("3",)):
         with OPENERS[suffix](path, "wb") as file:
@@ -284,7 +284,7 @@ def test_local_datasets(tmp_path):
 
 
 def test_without_a_network():
-    """What is said where the hub is out of reach, here because its library is told so."""
+    """The error where the hub is out of reach, here because its library is told so."""
     code = """
 from idattn.data import Corpus, load_tokenizer
 for load, name in (Corpus, "hf:HuggingFaceFW/fineweb-edu,sample-10BT"), (load_tokenizer, "meta-llama/Llama-2-7b-hf"):

@@ -82,7 +82,7 @@ def test_every_token_is_a_target_once_an_epoch(lengths, seq_len, seed):
     assert sorted(real.tolist()) == sorted([0] * (len(ids) - 1) + np.concatenate(ids).tolist())
 
 
-def test_epochs_are_permutations_in_orders_of_their_own():
+def test_epochs_are_different_permutations():
     windows = counting(12)
     iterator = train_iterator([windows], 4, 7)
     epochs = [order(take(iterator, 3)) for _ in range(3)]
@@ -141,7 +141,7 @@ def test_position_in_other_data_is_refused():
 
 
 class Endless(grain.IterDataset):
-    """The training iterator in the form that grain's own checkpoint test takes."""
+    """The training iterator in the form that grain's checkpoint test takes."""
 
     def __iter__(self):
         return train_iterator([counting(4)], 3, 2)

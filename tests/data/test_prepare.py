@@ -213,7 +213,7 @@ def test_other_settings_are_refused(prepared, settings, tmp_path):
 
 
 def test_tokenizer_is_copied(tmp_path, monkeypatch):
-    """A folder goes on without the original, by a path of any name, and not with another tokenizer."""
+    """A preparation resumes without the original, by a path of any name, and not with another tokenizer."""
     first, second, other = (tmp_path / name for name in ("first.model", "second.model", "other.model"))
     texts = [document.text[:20_000] for document in load_documents("austen")]
     for path, size in ((first, 400), (second, 400), (other, 500)):
@@ -367,7 +367,7 @@ def take(iterator, count):
 
 
 def test_batches_are_the_same_for_any_number_of_processes(prepared):
-    """2 processes read 5 batches and save; 4, 1 and 2 go on, and all see the rows that 1 process sees."""
+    """2 processes read 5 batches and save; 4, 1 and 2 resume, and all see the rows that 1 process sees."""
     _, windows, _ = load_data(folder_config([prepared]))
     whole = take(train_iterator(windows, 8, 3), 11)
 
@@ -488,7 +488,7 @@ def runs(number):
 
 @pytest.mark.slow
 def test_same_bytes_after_kills(tmp_path):
-    """SIGKILL at random moments, to the process or to one of its workers: the next run goes on, to the same bytes."""
+    """SIGKILL at random moments, to the process or to one of its workers: the next run resumes, to the same bytes."""
     script, source = tmp_path / "child.py", tmp_path / "rows.jsonl"
     script.write_text(CHILD)
     text = "".join(document.text for document in load_documents("austen"))

@@ -36,7 +36,7 @@ def literal_kernel(case, readout):
 
 
 def literal_response(case):
-    """h(i): the output i tokens behind the only input."""
+    """h(i): the output i tokens after the only input."""
     z = np.eye(T)[:1, :, None, None] * np.ones((G, 1))
     return oracles.linear_forward(case | {"z": z})[0][0, :, :, 0].T
 

@@ -1,4 +1,4 @@
-"""Recall questions: what they hold, that they are the same everywhere, and scores against the model's own choices."""
+"""Recall questions: what they hold, that they are the same everywhere, and scores against the model's choices."""
 
 import numpy as np
 import pytest

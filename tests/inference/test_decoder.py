@@ -33,7 +33,7 @@ def both(request):
 
 
 def write(decoder, context, num_tokens, **sampling):
-    """Tokens (B, num_tokens) in blocks, and the context behind them."""
+    """Tokens (B, num_tokens) in blocks, and the context after them."""
     parts, settings = [], decoder.sampling(context.length.shape[0], **({"temperature": 0} | sampling))
     for start in range(0, num_tokens, decoder.block_size):
         count = min(decoder.block_size, num_tokens - start)

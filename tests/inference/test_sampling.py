@@ -1,4 +1,4 @@
-"""What is drawn follows the distribution that the settings say, by a row's own seed and length."""
+"""What is drawn follows the distribution that the settings say, by the seed and length of a row."""
 
 import jax
 import numpy as np
@@ -59,7 +59,7 @@ def test_frequencies(settings):
         assert np.abs(frequency - frequencies(seed=5)).max() > 0.02  # the setting matters
 
 
-def test_rows_have_settings_of_their_own_and_ignore_their_neighbours():
+def test_rows_have_separate_settings_and_ignore_their_neighbours():
     per_row = dict(
         temperature=np.array([0.0, 1.0, 3.0]), top_k=np.array([0, 5, 0]), top_p=np.array([1, 1, 0.9]),
         seed=np.array([7, 7, 2]),

@@ -19,7 +19,7 @@ LENGTHS = np.array([11, 3, 7, 8])
 
 
 def run(model, path):
-    """Scores, the context behind the prompt, tokens written from a file of it and from a fork, and the decoder."""
+    """Scores, the context after the prompt, tokens written from a file of it and from a fork, and the decoder."""
     decoder = Decoder(model, chunk_size=16, block_size=4)
     log_probs, _, context = decoder.score(TOKENS, LENGTHS)
     save_context(path, context, decoder)

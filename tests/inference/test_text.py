@@ -211,7 +211,7 @@ def test_a_context_stands_for_its_text(kinds, kind):
 
 
 def test_threads_share_a_decoder(decoder):
-    """Each has what it has alone: nothing of a call is kept in the decoder."""
+    """Each writes what it writes alone: the decoder stores nothing of a call."""
     context = decoder.prefill(np.array([[1, 2]]))
 
     def write(seed):

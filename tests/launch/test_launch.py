@@ -131,7 +131,7 @@ def test_data(start, tmp_path):
 
 
 def test_generate_and_export(start, trained, tmp_path):
-    """What `test_generate.py` starts in its own process; here from a run's checkpoint, and from its export."""
+    """`test_generate.py` runs them inside its process; here they start from a run's checkpoint, and from its export."""
     _, workdir = trained
     assert start("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
     texts = []

@@ -201,8 +201,8 @@ def test_slurm_dry_run(execute):
 
 @pytest.mark.parametrize("status", [0, 3])
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM, None])
-def test_slurm_goes_on(execute, tmp_path, sent, status):
-    """A run that has saved as its time is over is put back into the queue; one that ends or is cancelled is not."""
+def test_slurm_requeues_and_resumes(execute, tmp_path, sent, status):
+    """A run that saves because its time is over returns to the queue; one that ends or is cancelled is not."""
     environment = stubs(tmp_path, "srun", "scancel", "scontrol") | {"SLURM_JOB_ID": "12", "SRUN_STATUS": str(status)}
     (tmp_path / "busy").touch()
     process = execute("slurm", *RUN, **environment)

@@ -1,4 +1,4 @@
-"""`launch.study` as users start it: cells in processes of their own, failures, a stop in the middle, a second call."""
+"""`launch.study` as users start it: cells in separate processes, failures, a stop in the middle, a second call."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_a_stopped_study_resumes(settings, tmp_path, number):
     if number == signal.SIGTERM:
         assert process.returncode == 0 and output.endswith("stopped; the same command resumes.\n")
     file = stopped / "study" / "cells" / "tiny,good,1.json"
-    for _ in range(100):  # after SIGKILL the run that it had begun goes on alone, and nobody else takes its cell
+    for _ in range(100):  # after SIGKILL the run that it had begun continues alone, and nobody else takes its cell
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=240)
         if file.exists():
             break

@@ -1,4 +1,4 @@
-"""The decoder: stacking, hybrids, rematerialisation, carried state, precision."""
+"""The decoder: stacking, hybrids, rematerialisation, state between calls, precision."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_scanned_layers_equal_a_loop_over_them():
     assert_close(run(model, tokens())[0], expected, "float32", reduction=12)
     first, second = (jax.tree.map(lambda p, i=i: p[i], params) for i in range(2))
     weights = (g["block_0"]["mixer"]["key"]["weight"][...] for g in (first, second))
-    assert not np.array_equal(*weights)  # every repetition has its own parameters
+    assert not np.array_equal(*weights)  # every repetition has different parameters
 
 
 @pytest.mark.parametrize("mixers", [("interdomain",), ("softmax",), HYBRID])

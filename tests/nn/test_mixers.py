@@ -159,7 +159,7 @@ def test_documents_do_not_leak(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_state_follows_the_last_token_that_is_not_padding(name):
-    """Ragged rows: a right-padded batch goes on exactly as each row by itself would."""
+    """Ragged rows: a right-padded batch continues exactly as each row by itself would."""
     mixer, x, more = make_mixer(name), inputs(), inputs(1, 3)
     lengths = (5, 8)
     ids = jnp.where(jnp.arange(T)[None] < jnp.asarray(lengths)[:, None], 0, -1)
@@ -176,7 +176,7 @@ def test_state_follows_the_last_token_that_is_not_padding(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_reset_in_a_later_call_forgets_the_state(name):
     mixer, x, more = make_mixer(name), inputs(), inputs(1, 6)
-    _, state = run(mixer, x, None, mixer.init_state(B, 2 * T + 6, x.dtype))  # a cache keeps every document's keys
+    _, state = run(mixer, x, None, mixer.init_state(B, 2 * T + 6, x.dtype))  # a cache stores every document's keys
     ids = jnp.asarray([[0, 0, 1, 1, 1, 1]] * B)
     y, state = run(mixer, more, ids, state)
     continued, _ = run(mixer, jnp.concatenate([x, more], axis=1))
@@ -223,7 +223,7 @@ def test_parameters_of_the_layer_name_their_group():
     layer = InterdomainAttention(D, 2, rngs=nnx.Rngs(0), num_modes=5)
     groups = {}
     for path, variable in nnx.to_flat_state(nnx.state(layer)):
-        assert type(variable) is nnx.Param  # a type of one's own is a collection of its own in flax.linen
+        assert type(variable) is nnx.Param  # flax.linen makes a collection of every other type
         assert not variable[...].weak_type, path  # or a training step is compiled twice
         groups.setdefault(variable.get_metadata("group"), set()).add(".".join(map(str, path)))
     norms = {f"core.{n}_norm.{p}" for n in ("key", "value") for p in ("scale", "bias")}

@@ -146,7 +146,7 @@ def with_cotangents(function):
 
 
 def compare(function, case, dtype, segment_ids, expected, g, adjoint, check):
-    """Run function and its cotangents in dtype and hand every array beside the oracle's to check(name, ...)."""
+    """Run function and its cotangents in dtype and hand every array with the oracle's to check(name, ...)."""
     with precision(dtype):
         poisoned = case if segment_ids is None else helpers.with_nan_padding(case, segment_ids)
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -354,7 +354,7 @@ def holds(**strategies):
 
 @holds(seed=seeds, split=st.integers(1, PROPERTY_T - 1))
 def test_two_halves_are_the_whole(backend, seed, split):
-    """f([a; b]) = f(b, state = f(a)), whenever b does not begin a document of its own."""
+    """f([a; b]) = f(b, state = f(a)), whenever b does not begin a new document."""
     _, case, segment_ids = property_case(seed)
     continues = segment_ids[:, split - 1] == segment_ids[:, split]
     o, state = run_property(backend, case, segment_ids)
@@ -506,7 +506,7 @@ def test_extreme_parameters_without_rotation_are_accurate(backend):
         helpers.assert_close(state[:, g, :, m::2], expected[:, g, :, m::2], "float32", reduction=9, name=f"{g=} {m=}")
 
 
-def test_small_steps_keep_their_digits():
+def test_small_steps_lose_no_digits():
     """(lambda - 1) / a and its derivatives cancel at small Delta a: naive ones lose up to every float32 digit."""
     rng = np.random.default_rng(8)
     sizes = dict(T=9, H=4, R=4, E=3)
@@ -591,14 +591,14 @@ def test_backends_name_one_that_can():
         linear_readout(good["k"], good["basis"], jnp.ones((2, 5)), backend="pallas_tpu")
 
 
-def test_recurrent_keeps_few_states():
+def test_recurrent_stores_few_states():
     """The backward pass holds the states of about 2 sqrt(T) tokens, not of T."""
     case = helpers.random_case(np.random.default_rng(0), B=1, T=1024, H=1, G=1, R=16, E=16, M=16)
     case = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in case.items()}
     g = jax.eval_shape(attention("recurrent", None, "transpose"), case)
     compiled = with_cotangents(attention("recurrent", None, "transpose")).lower(case, None, g).compile()
     state = 16 * 32 * 8  # M (R + E) complex numbers
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 32 * state  # the read keeps U, Gamma and more a token
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 32 * state  # a token stores U, Gamma and more
 
 
 def test_step_and_linear_readout_refuse_too():

@@ -32,7 +32,7 @@ def matrix(M):
 
 @pytest.mark.parametrize("M", [1, 8, 64])
 def test_the_change_is_the_zero_order_hold(M):
-    """Against the matrix exponential, and the held input by an exponential of its own: (I - E) e_0 = A^-1 (I - E) B."""
+    """Against the matrix exponential, and the held input by a second exponential: (I - E) e_0 = A^-1 (I - E) B."""
     A, b = matrix(M)
     t = np.array([2, 3, 10, 1000])
     with jax.enable_x64(True):
@@ -72,7 +72,7 @@ def test_equals_direct_projection(M, segmented):
 
 @pytest.mark.parametrize(("dtype", "M", "reduction"), [("float64", 64, 4), ("float32", 32, 32)])
 def test_errors_do_not_add_up(dtype, M, reduction):
-    """A thousand tokens keep 2e-13 of the largest coefficient in float64; eta, the signal 1, stays e_0."""
+    """A thousand tokens err by 2e-13 of the largest coefficient in float64; eta, the signal 1, stays e_0."""
     length = 1000
     rng = np.random.default_rng(0)
     v = np.concatenate([rng.normal(size=(1, length, 1, E)), np.ones((1, length, 1, 1))], axis=-1)
@@ -152,7 +152,7 @@ def test_the_safeguard():
 
 @pytest.mark.parametrize("kind", ["positive", "fourier"])
 def test_features_estimate_the_kernel(kind):
-    """Without bias, each head from frequencies of its own; positive products are, and a cosine and a sine make 1."""
+    """Without bias, each head from different frequencies; positive products are, and a cosine and a sine make 1."""
     rng = np.random.default_rng(0)
     q, k = 0.7 * rng.normal(size=(2, 50, 2, 3))
     frequencies = draw_frequencies(5, kind, 40_000, (2, 3))

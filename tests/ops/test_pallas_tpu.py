@@ -1,6 +1,6 @@
 """The TPU kernels without a TPU: compiled by its compiler, chosen by platform, refused by name.
 
-Their numbers are judged beside the other backends' in test_contract.py, interpreted.
+test_contract.py judges their numbers, interpreted, next to those of the other backends.
 """
 
 import functools

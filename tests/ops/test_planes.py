@@ -71,7 +71,7 @@ def test_powers(rng, count):
     )
 
 
-def test_powers_of_a_fast_phase_keep_their_digits():
+def test_powers_of_a_fast_phase_lose_no_digits():
     """Repeated squaring of lambda, where exp of one large phase would lose digits to the phase's rounding."""
     lam = np.exp(1j * 3.0)
     x = jnp.asarray([[lam.real], [lam.imag]], jnp.float32)

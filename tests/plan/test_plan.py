@@ -41,7 +41,7 @@ def run(monkeypatch, *arguments):
         run_main(plan, *arguments)
 
 
-def test_without_a_mesh_the_first_plan_that_fits_is_found(tried, monkeypatch, capsys):
+def test_without_a_mesh_the_first_plan_that_fits_is_taken(tried, monkeypatch, capsys):
     run(monkeypatch, "--config.train.batch_size=32")
     assert tried[-1] == ("interdomain", "dots", 2) and ("interdomain", "none", 1) in tried
     flags = "--config.mesh.fsdp=16 --config.compute.remat=dots --config.train.accumulation=2"

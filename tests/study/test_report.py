@@ -69,7 +69,7 @@ def test_numbers(folder, tmp_path):
         change = 100 * (np.exp(values - losses["softmax"]) - 1)
         against = None if name == "softmax" else pytest.approx([change.mean(), change.std(ddof=1)], rel=1e-9)
         assert rows[name]["percent against reference"] == against
-    # The setting is the paper's here: its numbers stand without a mark; those at 1.3B have one.
+    # The setting is the paper's here, so its numbers stand alone; those at 1.3B are noted as of another setting.
     assert rows["interdomain"]["paper"] == "16.48 (-1.0 %)" and rows["s4d"]["paper"] == "19.22 (+15.4 %)"
     assert rows["interdomain"]["parameters"] == 135_416_208 and rows["softmax"]["state"] == 2 * 768 * 4096
     assert "other setting (1.3B): 14.36 (mean 4096), 14.14 (mean 8192)" in text
@@ -170,7 +170,7 @@ def test_files_that_are_no_records(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["paper", "small", "cpu", "choices", "mqar"])
 def test_studies_that_ship(name):
-    """Every cell has a config of its own, which is the one that its name says."""
+    """Every cell has a different config, which is the one that its name says."""
     values = runpy.run_path(str(ROOT / "configs" / f"study_{name}.py"))
     study = values["STUDY"]
     assert isinstance(study, Study)

@@ -20,7 +20,7 @@ def assert_close(
       actual: array of any float dtype; its shape must be that of expected.
       expected: the trusted array.
       dtype: "float64", "float32" or "bfloat16": the precision that actual was computed in.
-      reduction: natural length of the sums behind one element.
+      reduction: natural length of the sums that make one element.
       gradient: whether actual is a cotangent.
       name: what the message calls the array.
 

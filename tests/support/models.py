@@ -40,7 +40,7 @@ def forward(model, tokens):
 
 
 def next_log_probs(model, row, length=48):
-    """The log-probabilities (T, V) behind every token of one row, from one pass over all of it."""
+    """The log-probabilities (T, V) after every token of one row, from one pass over all of it."""
     padded = np.zeros((1, length), np.int32)  # zeros at the end, which causality hides
     padded[0, : len(row)] = row
     return np.asarray(jax.nn.log_softmax(forward(model, padded)[0, : len(row)], axis=-1))

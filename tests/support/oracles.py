@@ -158,7 +158,7 @@ def _per_query_head(x: np.ndarray, case: Case) -> np.ndarray:
 
 
 def forward(case: Case, readout: str, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Interdomain attention: outputs (B, T, H, E) and the final state (B, G, 2, M, R + E), float64."""
+    """Interdomain attention: outputs (B, T, H, E) and the final state (B, G, R + E, 2M), float64."""
     o, after, *_ = _forward(case, readout, _ids(case["q"], segment_ids))
     return o, _rows(after[:, -1])
 
@@ -210,7 +210,7 @@ def cotangents(
 
 
 def linear_forward(case: Case, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The learned linear readout: y_t = Re(c_out^T C X_t) (B, T, H, W) and the final state (B, H, 2, M, W), float64."""
+    """The learned linear readout: y_t = Re(c_out^T C X_t) (B, T, H, W) and the final state (B, H, W, 2M), float64."""
     ids = _ids(case["z"], segment_ids)
     _, after = _states(_clean(case["z"], ids), case, ids)
     y = np.einsum("hm,hmn,bthnw->bthw", np.asarray(case["c_out"], np.float64), _dense_c(case), after).real

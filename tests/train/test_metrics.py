@@ -67,7 +67,7 @@ def test_resume_drops_later_steps(tmp_path, half):
 
 
 def test_resumes_within_a_second_purge_tensorboard(tmp_path, monkeypatch):
-    """tensorboardX names a file by the second in which it is opened: ten resumes have files of their own, in order."""
+    """tensorboardX names a file by the second in which it is opened: ten resumes have ten files, in order."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     with MetricsWriter(tmp_path, -1) as writer:

@@ -17,12 +17,12 @@ from idattn.config import MeshConfig
 from idattn.train.checkpoint import MANIFEST, load_params
 
 DEVICES = 4  # of all processes together
-MESH = MeshConfig(data=1, fsdp=2, sequence=2)  # of two processes each has rows of its own, of four each a piece of one
+MESH = MeshConfig(data=1, fsdp=2, sequence=2)  # of two processes each has whole rows, of four each a piece of one
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A function that starts the run in a folder; compiled programs and digests of rows are shared and kept."""
+    """A function that starts the run in a folder; compiled programs and digests of rows are shared and stay."""
     folder = tmp_path_factory.mktemp("processes")
     config = make_config(write_corpus(folder), mesh=MESH)
 
@@ -79,7 +79,7 @@ def assert_same_run(workdir, reference, other_from):
 
 
 def test_one_is_told_to_stop_and_both_save(start, reference, tmp_path):
-    """SIGTERM to the process that does not write; one process goes on with what two saved."""
+    """SIGTERM to the process that does not write; one process resumes what two saved."""
     workdir = tmp_path / "run"
     children = start(workdir, 2, pause=0.3)
     try:
@@ -100,7 +100,7 @@ def test_one_is_told_to_stop_and_both_save(start, reference, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
 def test_killed_in_a_save(start, reference, tmp_path, processes):
-    """SIGKILL to two processes while the second checkpoint is written; another number goes on from the first."""
+    """SIGKILL to two processes while the second checkpoint is written; another number resumes from the first."""
     workdir = tmp_path / "run"
     children = start(workdir, 2, pause=0.2, pause_in_save=3.0)
 

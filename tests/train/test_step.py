@@ -79,7 +79,7 @@ def test_metrics_and_state():
     assert_close(metrics["grad_norm"], norm, "float32", reduction=B * T, gradient=True, name="grad_norm")
     assert float(metrics["targets"]) == 12 + 1 + 5 + 9
     assert int(metrics["not_finite"]) == 0
-    # The schedule is that of the state's step; the update's own comes from the optimiser's count, here 0.
+    # The schedule is that of the state's step; the update's comes from the optimiser's count, here 0.
     assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(config.optim, 50)(7)))
     assert set(state) == {"params", "opt_state", "step", "not_finite"}
     assert (int(state["step"]), int(state["not_finite"])) == (8, 0)
@@ -184,7 +184,7 @@ def test_not_finite_leaves_the_state_for_good(trainer, poison):
     for name in ("params", "opt_state"):
         assert_bitwise(state[name], before[name])
 
-    if poison != "batch":  # cured, it must still not go on
+    if poison != "batch":  # cured, it must still not continue
         state["params"]["final_norm"]["scale"] = jnp.ones_like(state["params"]["final_norm"]["scale"])
         before = copy(state)
     state, metrics = trainer.step(state, batch)
@@ -267,4 +267,4 @@ def test_remat_saves_memory(optimised):
     assert sizes["none"] - sizes["dots"] > 4 * weights
     outputs = 4 * B * 128 * 12 * 5  # of the mixers but one
     assert sizes["mixer"] >= sizes["block"] + outputs
-    assert sizes["dots"] >= sizes["mixer"] + 4 * outputs  # of the products before and behind them
+    assert sizes["dots"] >= sizes["mixer"] + 4 * outputs  # of the products before and after them

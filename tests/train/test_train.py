@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_written(corpus, tmp_path):
         ("a save", loop.Checkpoints, "save", 4),
     ],
 )
-def test_a_request_to_stop_is_kept(finished, tmp_path, monkeypatch, capsys, moment, owner, name, done):
+def test_a_request_to_stop_is_honoured(finished, tmp_path, monkeypatch, capsys, moment, owner, name, done):
     """SIGTERM in the middle of something: the step that it came in is saved, and the run resumes bit for bit."""
     config, reference, result = finished
     function, calls = getattr(owner, name), []
