@@ -1,9 +1,10 @@
-"""What the paper leaves open, each choice for itself, in half the steps of configs/study_cpu.py.
+"""What the paper leaves open, one choice at a time, in half the steps of configs/study_cpu.py.
 
 idattn study --config=study_choices --workdir=results/study_choices --jobs=2
 
-The scale of C at the start for interdomain and s4d alike (the same tuning budget), the readout, the form of C, RoPE
-before or after the feature map, the range of Delta and the start of the norms' biases. MIXER alone is the default.
+The choices are the scale of C at the start, for interdomain and s4d alike (the same tuning budget), the readout, the
+form of C, RoPE before or after the feature map, the range of Delta and the start of the norms' biases. A mixer's name
+alone stands for the defaults.
 """
 
 import dataclasses

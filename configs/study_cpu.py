@@ -3,8 +3,8 @@
 idattn study --config=study_cpu --workdir=results/study_cpu --jobs=2
 
 0.8M parameters, 1.6M tokens a cell (twice the training text; BPE of 4,096 pieces, Emma held out), three seeds, the same
-budget and learning rate for all. The records in results/study_cpu are of this command; with them there it only writes
-the report again, with another --workdir it trains everything anew. One cell by itself:
+budget and learning rate for all. The records in results/study_cpu are of this command. With them it only writes the
+report again; with another --workdir it trains everything anew. This trains one cell:
 
 idattn train --config=study_cpu:0.8M,softmax,1 --workdir=DIR
 """

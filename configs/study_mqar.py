@@ -2,9 +2,9 @@
 
 idattn study --config=study_mqar --workdir=results/study_mqar --jobs=2
 
-One cell: --config=study_mqar:0.1M,softmax,42 with `idattn train`. What softmax attention needs to find the
+`idattn train --config=study_mqar:0.1M,softmax,42` trains one cell. Softmax attention needs three things to learn the
 two heads that recall: a loss on the answers alone, one wide head a layer, and weights that start at 1 / sqrt(width).
-With a loss on all tokens, several narrow heads or a start at 0.02 it stays near chance.
+With a loss on all tokens, several narrow heads or a start at 0.02, its accuracy stays near that of guessing.
 """
 
 from idattn.choices import CELLS

@@ -2,9 +2,10 @@
 
 idattn study --config=study_paper --workdir=DIR --dry_run
 
-prints the commands of all cells, for launch/tpu.sh or launch/slurm.sh (add --config.mesh and --config.compute.remat as
-`idattn plan` finds them); on one machine that is large enough leave --dry_run out. Recipe and results to expect:
-configs/paper.py. The corpora of the length panel (tables 2 and 8) are yours to prepare: --corpora of `idattn evaluate`.
+This command prints the commands of all cells, for launch/tpu.sh or launch/slurm.sh; add --config.mesh and
+--config.compute.remat as `idattn plan` finds them. On one machine that is large enough, leave --dry_run out.
+configs/paper.py has the recipe and the results to expect. The corpora of the length panel (tables 2 and 8) are yours to
+prepare, for --corpora of `idattn evaluate`.
 """
 
 from idattn.choices import CELLS

@@ -3,8 +3,8 @@
 idattn study --config=study_small --workdir=results/study_small
 
 20M parameters, 105M tokens a cell, BPE of 8,192 pieces, context 2,048, three seeds, the same budget and learning rate
-for all. The text is WikiText-103, from the Hugging Face hub; for other text change `prepare`. Not run yet: no
-accelerator was at hand.
+for all. The text is WikiText-103, from the Hugging Face hub; for other text change `prepare`. It has not been run yet,
+for want of an accelerator.
 """
 
 from idattn.choices import CELLS
