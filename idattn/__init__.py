@@ -1,4 +1,13 @@
-"""Interdomain Attention in JAX: a token mixer whose queries read a fixed-size state by content."""
+"""Interdomain Attention in JAX: a token mixer whose queries read a fixed-size state by content.
+
+    InterdomainAttention  the paper's layer (eq. 10-13), for use in any model
+    load                  decoder, tokenizer and config of a checkpoint, as a `Trained`
+    generate_text         texts continued by a decoder
+    LanguageModel         the paper's decoder around any mixers, with the settings of `Config.model`
+    Config                all settings of a run
+
+The functions under the layer are in `idattn.ops`, and training is in `idattn.train`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -67,7 +67,8 @@ def main() -> None:
     """Run the program that the command line names: what the command `idattn` calls."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(f"{idattn.__doc__}\n\nidattn NAME --flags, and idattn NAME --help for the flags of one:\n")
+        title = (idattn.__doc__ or "").partition("\n")[0]
+        print(f"{title}\n\nidattn NAME --flags, and idattn NAME --help for the flags of one:\n")
         for program in PROGRAMS:
             print(f"  {program:<14}{summary(program)}")
         print(f"\n{TRACEBACK}=1 in the environment shows the traceback of an error that ends a program with one line.")

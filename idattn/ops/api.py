@@ -63,21 +63,21 @@ def interdomain_attention(
     any input is).
 
     Args:
-      q: (B, T, H, R) features of the queries, xi(q).
-      k: (B, T, G, R) features of the keys after normalisation, k~; G divides H, and query head h reads state
+      q: (B, T, H, R) features of the queries, xi(q) (eq. 10); floating point, as are k and v.
+      k: (B, T, G, R) features of the keys after normalisation, k~ (eq. 12); G divides H, and query head h reads state
         h // (H / G).
-      v: (B, T, G, E) values after normalisation, v~.
+      v: (B, T, G, E) values after normalisation, v~ (eq. 12).
       basis: parameters of the G states with M modes each.
       backend: a name of `BACKENDS` or a record: "recurrent" (the literal recurrence: the reference, slow), "chunkwise"
         (matrix products over chunks), "fft" (convolutions by FFT: for the linear readout, no segments; of queries a
-        reference for small T), "associative" (chunkwise with the state going through the chunks in a parallel scan;
-        with chunk_size=1 a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the platform
-        that is compiled for: pallas_tpu on TPUs where it can, else chunkwise).
+        reference for small T), "associative" (chunkwise, but the states run through the chunks in a parallel scan;
+        with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the
+        platform that is compiled for: pallas_tpu on TPUs where it can run, else chunkwise).
       chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
         multiple of 128.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
-        -1 marks padding, whose output is 0 and which leaves the state as it is. Or what
-        `idattn.ops.segments.find_segments` made of them.
+        -1 marks padding, whose output is 0 and which leaves the state as it is. None for one document a row; or the
+        result of `idattn.ops.segments.find_segments`.
       initial_state: (B, G, R + E, 2M) state that token 0's document continues from (not read if token 0 is
         padding); None for zeros.
       return_state: also return the state after each row's last token that is not padding.
@@ -88,7 +88,7 @@ def interdomain_attention(
       the keys' features before those of the values, the real parts of the modes before the imaginary ones.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, also what the backend needs of them, or a name is unknown.
+      ValueError: a shape, dtype or chunk size does not fit, also to what the backend needs, or a name is unknown.
       NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
     check_choice("readout", readout, READOUTS)
@@ -153,11 +153,11 @@ def linear_readout(
 
         X_t = Lambda X_{t-1} + B z_t^T,   y_t = Re(c_out^T C X_t)
 
-    c_out and C fold into one real convolution kernel a head, so no token pays for M x M work. The other arguments are
+    c_out and C make one real convolution kernel a head, so no token pays for M x M work. The other arguments are
     those of `interdomain_attention`, the state being (B, H, W, 2M).
 
     Args:
-      z: (B, T, H, W) inputs.
+      z: (B, T, H, W) inputs, floating point.
       basis: parameters of the H states with M modes each.
       c_out: (H, M) real weights of the coefficients.
 
@@ -165,7 +165,7 @@ def linear_readout(
       The outputs (B, T, H, W) in the dtype of `z`; with `return_state`, also the state (B, H, W, 2M).
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or a name is unknown.
+      ValueError: a shape, dtype or chunk size does not fit, or a name is unknown.
       NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
     chosen = _find_backend(backend)
@@ -190,10 +190,10 @@ def transfer(
     chunk_size: int | None = None,
     segment_ids: SegmentIds | Segments | None = None,
 ) -> tuple[jax.Array, State]:
-    """How tokens change a state: after them it is decay * state + increment, a complex product of each mode.
+    """How tokens change a state (eq. 11): after them it is decay * state + increment, a complex product of each mode.
 
-    What a shard of a sequence adds is found without the shards before it; the readout, which is quadratic in the
-    state, is not, and takes the state that arrives as its initial state.
+    What a shard of a sequence adds to the state does not depend on the shards before it. The readout does, since it is
+    quadratic in the state: it takes the state at the shard's start as its initial state.
 
     Args:
       inputs: arrays (B, T, G, width) whose concatenation the state holds: (k, v), or (z,).
@@ -206,7 +206,7 @@ def transfer(
       float32 or wider.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: a shape, dtype or chunk size does not fit.
     """
     _check_rank(**{f"inputs[{i}]": (x, "B T G W") for i, x in enumerate(inputs)})
     B, T, G, _ = inputs[0].shape
@@ -228,14 +228,14 @@ def step(
       k: (B, G, R) features of the keys.
       v: (B, G, E) values.
       basis: parameters of the G states.
-      state: (B, G, R + E, 2M) state before the token.
+      state: (B, G, R + E, 2M) before the token, as `interdomain_attention` returns it.
       readout: as in `interdomain_attention`.
 
     Returns:
-      The outputs (B, H, E) in the dtype of `q`, and the state after the token.
+      The outputs (B, H, E) in the dtype of `q`, and the state after the token, float32 or wider.
 
     Raises:
-      ValueError: shapes do not fit, or the readout is unknown.
+      ValueError: a shape or dtype does not fit, or the readout is unknown.
     """
     check_choice("readout", readout, READOUTS)
     _check_rank(q=(q, "B H R"), k=(k, "B G R"), v=(v, "B G E"))
@@ -263,13 +263,13 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
       z: (B, H, W) inputs.
       basis: parameters of the H states.
       c_out: (H, M) real weights of the coefficients.
-      state: (B, H, W, 2M) state before the token.
+      state: (B, H, W, 2M) before the token, as `linear_readout` returns it.
 
     Returns:
-      The outputs (B, H, W) in the dtype of `z`, and the state after the token.
+      The outputs (B, H, W) in the dtype of `z`, and the state after the token, float32 or wider.
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: a shape or dtype does not fit.
     """
     _check_rank(z=(z, "B H W"))
     B, H, W = z.shape
@@ -384,7 +384,7 @@ def _state_dtype(basis: Basis, *inputs: jax.Array) -> jnp.dtype:
 
 
 def _cast(basis: Basis, dtype: jnp.dtype) -> Basis:
-    """The basis in the state's dtype; complex parts keep their kind."""
+    """The basis in the state's dtype; complex parts stay complex."""
     return jax.tree.map(
         lambda x: x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype), basis
     )

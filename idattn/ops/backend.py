@@ -1,4 +1,4 @@
-"""What a way to run the op owes `idattn.ops.api`: one record, `BACKEND`, in a module of its own."""
+"""The contract of backends: a module for each, which exposes one record, `BACKEND`, for `idattn.ops.api`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Backend:
       interdomain: (q, k, v, basis, initial_state, segments, *, readout) -> (o, state), differentiable by JAX.
       linear: (z, basis, c_out, initial_state, segments, *, chunk_size) -> (y, state), likewise; None where there is no
         linear readout.
-      platforms: the platforms, of "cpu", "cuda", "rocm" and "tpu", on which "auto" takes it where it can.
+      platforms: the platforms, of "cpu", "cuda", "rocm" and "tpu", on which "auto" takes it where it can run.
       requirement: (q, k, v, num_modes, chunk_size, dtype) -> what it would need of them, or None if it has all;
         `dtype` is the state's.
       clips_chunks: whether a chunk may be as short as a sequence that is shorter than `chunk_size`.

@@ -30,8 +30,8 @@ def interdomain(
         X_t = lambda^{t+1} X^0 + sum_{s<=t} beta lambda^{t-s} [k_s, v_s]^T
         w_t = C^T f(C X_k q_t),   o_t = Re(w_t^T X_v)   with X_t = [X_k, X_v]
 
-    The queries read every state, so none can be contracted away: B T G 2M (R + E) numbers of memory. A checked
-    reference for small T.
+    The queries read every state, so none can be contracted away: the states take B T G 2M (R + E) numbers of memory.
+    This is a checked reference for small T.
     """
     _refuse(segments)
     B, T, H, R = q.shape

@@ -1,7 +1,7 @@
-"""The paper's recurrence, written down literally: the reference that every other way is judged by.
+"""The paper's recurrence, written down literally: the reference that every other backend is judged by.
 
-One token at a time, complex numbers, U and Gamma formed with the full C: slow on purpose. The backward pass keeps the
-state at every sqrt(T)-th token and recomputes the others, as the paper's sequential kernel does.
+It takes one token at a time, in complex numbers, and forms U and Gamma with the full C: slow on purpose. The backward
+pass stores the state at every sqrt(T)-th token and recomputes the others, as the paper's sequential kernel does.
 """
 
 import math
