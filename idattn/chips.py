@@ -20,15 +20,18 @@ class Chip(NamedTuple):
     mxu_width: int = 0
 
 
-# Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets of each GPU, which mostly state
-# twice this for sparse matrices (RTX 6000 Ada: four times, in FP8). jax/_src/tpu_info.py lists the names of TPUs; those
-# of GPUs are what the driver calls them. Clocks are what the peaks need: cores x mxus x width^2 x 2 x clock = flops.
+# Sources: for TPUs docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, which state the bandwidth of the links in
+# both directions together; for GPUs NVIDIA's datasheets of each, "NVIDIA T4 Tensor Core GPU Datasheet" and so on. Where
+# a row has a comment, the datasheet states that many TFLOP/s: for sparse matrices, which is twice as much.
+# JAX's pallas/mosaic/tpu_info.py lists the names of TPUs; those of GPUs are what the driver calls them. Clocks are what
+# the peaks need: cores x mxus x width^2 x 2 x clock = flops. A v6e has two arrays, each of which takes two rows a cycle
+# by the compiler's own count of cycles: they stand here as four.
 CHIPS = {
     "v3": Chip(("TPU v3",), 123e12 / 2),
     "v4": Chip(("TPU v4",), 275e12),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, 200e9, clock=1.5e9, cores=1, mxus=4, mxu_width=128),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95, 2765e9, 600e9, clock=1.75e9, cores=2, mxus=4, mxu_width=128),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1600e9, 400e9, clock=1.75e9, cores=1, mxus=4, mxu_width=256),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, 400e9, clock=1.75e9, cores=1, mxus=4, mxu_width=256),
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2),
     "A100": Chip(
         (
@@ -36,14 +39,14 @@ CHIPS = {
         ),
         312e12,
     ),
-    "H100": Chip(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"), 989.5e12),
-    "H100 PCIe": Chip(("NVIDIA H100 PCIe",), 756.5e12),
-    "A10G": Chip(("NVIDIA A10G",), 70e12),
-    "L4": Chip(("NVIDIA L4",), 121e12),
+    "H100": Chip(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"), 989.5e12),  # 1,979
+    "H100 PCIe": Chip(("NVIDIA H100 PCIe",), 756.5e12),  # 1,513
+    "A10G": Chip(("NVIDIA A10G",), 70e12),  # 140; the A10, another card, has 125 dense
+    "L4": Chip(("NVIDIA L4",), 121e12),  # 242
     "T4": Chip(("Tesla T4",), 65e12),
     "V100": Chip(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), 125e12),
     "V100 PCIe": Chip(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), 112e12),
-    "RTX 6000 Ada": Chip(("NVIDIA RTX 6000 Ada Generation",), 364.25e12),
+    "RTX 6000 Ada": Chip(("NVIDIA RTX 6000 Ada Generation",), 364.25e12),  # 1,457 in FP8, twice again
 }  # fmt: skip
 
 
