@@ -73,7 +73,9 @@ def apply_readout(table: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array
     if table.ndim == 3:
         return einsum_f32("bg...m,gom->bg...o", y, table, dtype)
     table = table.reshape(1, table.shape[0], *[1] * (y.ndim - 3), *table.shape[1:])  # (1, G, 1, ..., 2, 2, M)
-    re, im = (to_planes(y)[..., None, plane, :] for plane in (0, 1))  # jnp.sum would have too many axes, see `fold`
+    re, im = (
+        to_planes(y)[..., None, plane, :] for plane in (0, 1)
+    )  # jnp.sum would have too many axes, see `merge_axes`
     return flatten_planes(table[..., 0, :] * re + table[..., 1, :] * im)
 
 
@@ -81,11 +83,11 @@ def readout_cotangent(table: jax.Array, d_w: jax.Array, y: jax.Array, dtype: jnp
     """The cotangent of `table` in w = apply_readout(table, y), from that of w, (B, G, ..., 2M)."""
     if table.ndim == 3:
         return einsum_f32("bg...o,bg...m->gom", d_w, y, dtype)
-    d_w, y = (to_planes(fold(x, 2, -1)) for x in (d_w, y))
+    d_w, y = (to_planes(merge_axes(x, 2, -1)) for x in (d_w, y))
     return jnp.sum(d_w[..., :, None, :] * y[..., None, :, :], axis=(0, 2))
 
 
-def fold(x: jax.Array, start: int, stop: int) -> jax.Array:
+def merge_axes(x: jax.Array, start: int, stop: int) -> jax.Array:
     """The axes from `start` up to `stop` as one, for sums over products of at most six axes.
 
     Programs for CPUs compute those of seven or more wrongly, or crash, from jaxlib 0.10.2 on (jax-ml/jax#39257).

@@ -18,9 +18,9 @@ from idattn.ops.chunks import (
     Tables,
     apply_readout,
     final_state,
-    fold,
     lag_tables,
     last_tokens,
+    merge_axes,
     pad_to_chunks,
     readout_cotangent,
     zero_state,
@@ -151,7 +151,7 @@ def backward(
         d_lags = einsum_f32("bgnjtl,bgnjtm->glm", d_weights, read.w, dtype)
         d_lags += einsum_f32("bgnsw,nbgwm->gsm", z, d_X, dtype)[:, ::-1]
         response, w, d_decayed_response, d_decayed_w = (
-            to_planes(fold(x, 2, 4)) for x in (read.response, read.w, d_decayed_response, d_decayed_w)
+            to_planes(merge_axes(x, 2, 4)) for x in (read.response, read.w, d_decayed_response, d_decayed_w)
         )  # (B, G, N J, K, 2, M)
         d_decays = complex_multiply(conjugate(response), d_decayed_response)
         d_decays += complex_multiply(w, conjugate(d_decayed_w))
