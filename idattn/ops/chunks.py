@@ -73,9 +73,8 @@ def apply_readout(table: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array
     if table.ndim == 3:
         return einsum_f32("bg...m,gom->bg...o", y, table, dtype)
     table = table.reshape(1, table.shape[0], *[1] * (y.ndim - 3), *table.shape[1:])  # (1, G, 1, ..., 2, 2, M)
-    re, im = (
-        to_planes(y)[..., None, plane, :] for plane in (0, 1)
-    )  # jnp.sum would have too many axes, see `merge_axes`
+    # Two terms rather than jnp.sum, which would have too many axes: see `merge_axes`.
+    re, im = (to_planes(y)[..., None, plane, :] for plane in (0, 1))
     return flatten_planes(table[..., 0, :] * re + table[..., 1, :] * im)
 
 
