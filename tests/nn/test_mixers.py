@@ -241,3 +241,13 @@ def test_batch_and_length_may_be_symbolic(name):
     for length in (1, T):
         x = inputs(length=length)
         assert_close(exported.call(x), run(mixer, x)[0], "float32", reduction=T)
+
+
+def test_an_exported_program_survives_as_bytes():
+    pytest.importorskip("flatbuffers")
+    mixer, x = make_mixer("interdomain"), inputs()
+    exported = jax.export.export(jax.jit(lambda x: mixer(x)[0]))(x)
+    restored = jax.export.deserialize(exported.serialize(vjp_order=1))
+    np.testing.assert_array_equal(restored.call(x), exported.call(x))
+    gradients = (jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))(x) for f in (restored.call, exported.call))
+    np.testing.assert_array_equal(*gradients)
