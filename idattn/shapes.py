@@ -19,11 +19,11 @@ paths are real planes: an axis of length 2 (real, imaginary) before the modes or
 from typing import TypeAlias
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 Queries: TypeAlias = Float[Array, "B T H R"]
 Keys: TypeAlias = Float[Array, "B T G R"]
 Values: TypeAlias = Float[Array, "B T G E"]
 Outputs: TypeAlias = Float[Array, "B T H E"]
 State: TypeAlias = Float[Array, "B G W M2"]  # M2 = 2M; the rows of the keys' features before those of the values
-SegmentIds: TypeAlias = Int[Array, "B T"]
+SegmentIds: TypeAlias = Integer[Array, "B T"]

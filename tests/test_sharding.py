@@ -229,6 +229,17 @@ def test_a_state_passes_through_shards(optimised):
         assert_close(ours, np.asarray(theirs), "float32", reduction=2 * T)
 
 
+def test_documents_of_unsigned_ids_end_at_the_borders_of_shards():
+    """255 is an id of uint8, though it wraps to that of padding."""
+    layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5)
+    x = jax.random.normal(jax.random.key(0), (1, T, 16))
+    ids = jnp.where(jnp.arange(T)[None] < T // 2, 3, 255)
+    expected = layer(x, segment_ids=ids)[0]
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4, tensor=2))):
+        actual = jax.jit(lambda x, ids: layer(x, segment_ids=ids)[0])(x, ids.astype("uint8"))
+    assert_close(actual, np.asarray(expected), "float32", reduction=T)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -67,7 +67,7 @@ def _find_on_shard(segment_ids: jax.Array, start: jax.Array, axis: str | None) -
         return Documents(positions, run, last[:, None]), end
     first = segment_ids[:, 0]
     # Padding changes no state, so the document before it continues.
-    continues = (_from_previous(segment_ids[:, -1], axis) == first) | (first == PADDING)
+    continues = (_from_previous(segment_ids[:, -1], axis) == first) | (run[:, 0] == PADDING)
     continues |= jax.lax.axis_index(axis) == 0
     _, length = document_positions(segments, jnp.zeros_like(start))  # of the last token's document in this shard
     passes = (last < 0) | (jnp.take_along_axis(run, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] == 0)
