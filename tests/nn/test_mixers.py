@@ -157,6 +157,34 @@ def test_documents_do_not_leak(name):
     assert_close(logits(first, ids), run(model, second)[0], "float32", reduction=T * D)
 
 
+@pytest.mark.parametrize("name", ["interdomain", "softmax"])
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint8", "uint16", "uint32"])
+def test_segment_ids_may_be_integers_of_any_kind(name, dtype):
+    """As int32, from JAX and from NumPy; the largest unsigned number, which is -1 where it wraps, is an id."""
+    mixer, x = make_mixer(name), inputs(length=7)
+    ids = np.array([[0, 0, 1, 1, 1, 0, 0], [3, 3, 3, 2, 2, 2, 2]])
+    last = -1 if dtype.startswith("int") else np.iinfo(dtype).max
+    expected = run(mixer, x, jnp.asarray(np.where(ids == 0, -1 if last == -1 else 9, ids), jnp.int32))[0]
+    ids = np.where(ids == 0, last, ids).astype(dtype)
+    for given in (ids, jnp.asarray(ids)):
+        np.testing.assert_array_equal(run(mixer, x, given)[0], expected)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_state_keeps_its_dtype_in_a_scan(name):
+    """A state stored in bfloat16 stays so, and a fixed size of it changes the outputs by its rounding alone."""
+    mixer, x = make_mixer(name), inputs()
+
+    def step(state, x):
+        y, state = mixer(x[:, None], state=state)
+        return state, y[:, 0]
+
+    start = mixer.init_state(B, T, x.dtype, jnp.bfloat16)
+    final, y = jax.jit(lambda x: jax.lax.scan(step, start, jnp.moveaxis(x, 1, 0)))(x)
+    assert [leaf.dtype for leaf in jax.tree.leaves(final)] == [leaf.dtype for leaf in jax.tree.leaves(start)]
+    assert_close(jnp.moveaxis(y, 0, 1), run(mixer, x)[0], "float32" if mixer.grows else "bfloat16", reduction=T * D)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_state_follows_the_last_token_that_is_not_padding(name):
     """Ragged rows: a right-padded batch continues exactly as each row by itself would."""

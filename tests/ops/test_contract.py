@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from support import helpers, oracles
 
 from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step, pallas_tpu, step
+from idattn.ops.einsum import einsum_f32
 
 XLA_BACKENDS = ("recurrent", "associative", "chunkwise")
 BACKENDS = (*XLA_BACKENDS, "pallas_tpu")
@@ -247,6 +248,33 @@ def test_bfloat16_inputs(backend):
         assert np.all(ratio <= 0.01), f"{name}: root mean square error ratio {ratio}"
 
     judge(attention(backend, 16, "transpose"), case, "transpose", "bfloat16", None, rng, check)
+
+
+@pytest.mark.parametrize("backend", [*XLA_BACKENDS, "fft"])
+def test_sums_of_float16_do_not_overflow(backend):
+    """Gradients of parameters past 65504, the largest float16, to 1 % in root mean squares: sums are in float32."""
+    rng = np.random.default_rng(0)
+    case = helpers.random_case(rng, B=1, T=128, H=2, G=2, R=8, E=6, M=8, initial_state=False)
+    case |= {name: 10 * np.abs(case[name]) for name in ("q", "k", "v")}
+    case |= {"log_delta": np.log([1e-2, 1e-1]), "a_log": np.full((2, 8), np.log(0.5))}
+    case = rounded(case, "float16")
+    expected = oracles.forward(case, "transpose")
+    g = np.full(expected[0].shape, 4, np.float32), np.zeros(expected[1].shape, np.float32)
+    adjoint = oracles.cotangents(case, g_o=g[0], g_state=g[1], readout="transpose")
+    assert max(np.abs(x).max() for x in adjoint.values()) > 1e5
+
+    def check(name, actual, expected, gradient):
+        error = np.asarray(actual).astype(np.float64) - expected
+        assert np.sqrt(np.mean(error**2)) <= 0.01 * np.sqrt(np.mean(expected**2)), name
+
+    compare(attention(backend, 32, "transpose"), case, "float16", None, expected, g, adjoint, check)
+
+
+def test_products_of_half_precision_are_summed_in_float32():
+    for dtype in ("float16", "bfloat16"):
+        ones = jnp.ones(2**17, dtype)
+        total = jax.jit(lambda x: einsum_f32("i,i->", x, x, x.dtype))(ones)
+        assert (float(total), total.dtype) == (2**17, jnp.float32)
 
 
 LINEAR_SHAPES = [
