@@ -111,6 +111,60 @@ gathered.defvjp(
 )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """All devices' parts of a parameter, one after another on `axis`."""
+    return jax.lax.all_gather(shard, names, axis=axis, tiled=True)
+
+
+def _scatter(axis: int, names: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """Every device's part of the sum, by two reduce-scatters, within rows of devices and then within columns.
+
+    TPUs have none over both dimensions of a torus: one of that kind becomes an all-reduce, of twice the bytes.
+    """
+    for name in names:
+        size = jax.lax.axis_size(name)
+        columns = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+        rows = size // columns
+        by_column = [[row * columns + column for row in range(rows)] for column in range(columns)]
+        by_row = [[row * columns + column for column in range(columns)] for row in range(rows)]
+        for groups in (by_column, by_row) if columns > 1 else (by_column,):
+            gradient = jax.lax.psum_scatter(
+                gradient, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+            )
+    return (gradient,)
+
+
+_gather.defvjp(lambda shard, axis, names: (_gather(shard, axis, names), None), _scatter)
+
+
+def product(x: jax.Array, weight: jax.Array, dims: tuple[str, str]) -> jax.Array:
+    """x W of activations (B, T, num_in) and a weight whose axes `dims` name, one of them "D".
+
+    Every device gathers the weight, and sums the gradient to where it lies. Left to itself the partitioner cuts the
+    products into as many small ones as there are devices.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x @ weight
+
+    def split(dim: str | None) -> tuple[str, ...]:
+        return tuple(axis for axis in RULES.get(dim or "", ()) if mesh.shape[axis] > 1)
+
+    def on_shard(x, weight):
+        # Varying over the copies too, so that their gradients are summed where they are split.
+        weight = jax.lax.pcast(weight, "data", to="varying") if "data" in split("B") else weight
+        if split("D"):
+            weight = _gather(weight, dims.index("D"), split("D"))
+        y = x @ weight
+        return y if dims[0] == "D" or not split(dims[0]) else jax.lax.psum(y, split(dims[0]))
+
+    # Without axes of one device, over which XLA for CPUs exchanges too.
+    weights = PartitionSpec(*(split(dim) for dim in dims))
+    inputs, outputs = (PartitionSpec(split("B"), split("T"), () if dim == "D" else split(dim)) for dim in dims)
+    return jax.shard_map(on_shard, in_specs=(inputs, weights), out_specs=outputs)(x, weight)
+
+
 def current_mesh() -> Any:
     """The mesh that is compiled for, or None where there is nothing to split."""
     mesh = jax.sharding.get_abstract_mesh()
