@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from idattn.config import ModelConfig
+from idattn.ops.prepare import rotary_table
 from idattn.ops.segments import PADDING, Segments, document_positions, find_segments
 from idattn.sharding import is_split, on_shards, spec
 
@@ -24,6 +26,12 @@ class Documents(NamedTuple):
     run: jax.Array | None = None  # (B, T) int32 as in `Segments`; None: every row is one document without padding
     last: jax.Array | None = None  # (B, shards) int32, in each shard as in `Segments`
     continues: jax.Array | None = None  # (B, shards) bool, whether the document before a shard's border goes past it
+    rotary: jax.Array | None = None  # (B, T, 2 head_dim) float32, of the positions, see `rotary_table`; None: no pairs
+
+    @property
+    def borders(self) -> jax.Array | None:
+        """The positions, where rows hold several documents."""
+        return None if self.run is None else self.positions
 
     @property
     def segments(self) -> Segments | None:
@@ -38,7 +46,7 @@ class Documents(NamedTuple):
 
 
 def find_documents(
-    segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, ...]
+    segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, ...], config: ModelConfig | None
 ) -> tuple[Documents, jax.Array]:
     """The documents of a batch, and the position (B,) that the next token of each row would have.
 
@@ -46,7 +54,15 @@ def find_documents(
       segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
       start: (B,) int32 position of token 0 of each row, whose document may have begun earlier.
       shape: (B, T) of the batch.
+      config: of the model, whose heads may be rotated; None for no table of rotations.
     """
+    documents, end = _find(segment_ids, start, shape)
+    if config is None or config.head_dim % 2:
+        return documents, end
+    return documents._replace(rotary=rotary_table(documents.positions, config.head_dim, config.rope_base)), end
+
+
+def _find(segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, ...]) -> tuple[Documents, jax.Array]:
     B, T = shape
     axis = "sequence" if is_split("T") else None
     if segment_ids is None:

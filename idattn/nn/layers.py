@@ -13,7 +13,8 @@ from flax import nnx
 from idattn.config import SSMConfig
 from idattn.ops import Basis, Segments
 from idattn.ops.discretize import s4d_inv_frequencies
-from idattn.sharding import constrain, gathered
+from idattn.ops.prepare import rms_normalise
+from idattn.sharding import product
 
 
 def param(value: jax.Array, *dims: str | None, group: str = "other") -> nnx.Param:
@@ -38,16 +39,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, num_in) -> (B, T, num_out)."""
-        weight = gathered(self.weight[...].astype(x.dtype), self.dims)  # cast first, so that fewer bytes are gathered
-        y = x @ weight  # pyright: ignore[reportOperatorIssue]  # custom_vjp hides what its function returns
-        return constrain(y, "B", "T", None if self.dims[1] == "D" else self.dims[1])
-
-
-def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 and rounded to the dtype of x."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
+        return product(x, self.weight[...].astype(x.dtype), self.dims)  # cast first, so that fewer bytes are gathered
 
 
 class RMSNorm(nnx.Module):
@@ -62,36 +54,16 @@ class RMSNorm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm(x) + b of eq. 12 on heads (B, T, G, width): one scale for all heads, a bias for each."""
+    """The parameters of eq. 12, RMSNorm(x) + b of heads: one scale for all heads, a bias for each."""
 
     def __init__(self, num_heads: int, width: int, *, eps: float, bias_init: float):
         self.scale = param(jnp.ones(width), "R", group="ssm")
         self.bias = param(jnp.full((num_heads, width), bias_init), "G", "R", group="ssm")
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalise(x, self.scale[...], self.eps) + self.bias[...].astype(x.dtype)[None, None]
-
-
-def feature_map(x: jax.Array) -> jax.Array:
-    """xi(x) = SiLU(x) / ||SiLU(x)|| over the last axis (eq. 10); 1e-6 under the root keeps its gradient finite at 0."""
-    activated = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    inverse = jax.lax.rsqrt(jnp.sum(activated**2, axis=-1, keepdims=True) + 1e-6)
-    return (activated * inverse).astype(x.dtype)
-
-
-def rotate_positions(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions on all channels of x (B, T, H, width), pairs (i, i + width / 2), at positions (B, T)."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]  # (B, T, 1, half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
 
 class ShortConv(nnx.Module):
-    """A causal depthwise convolution over (B, T, channels) with bias, which never looks across a document's border.
+    """The parameters of a causal depthwise convolution over (B, T, channels), and its inputs that are still needed.
 
     The taps start uniform within 1 / sqrt(width) (by fan-in), the bias at zero; `dim` names the channels.
     """
@@ -103,27 +75,14 @@ class ShortConv(nnx.Module):
         self.bias = param(jnp.zeros(channels), dim)
         self.width = width
 
-    def __call__(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None) -> tuple[jax.Array, jax.Array]:
-        """The convolved x (B, T, channels), and the tail that the next tokens need.
+    def next_tail(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None) -> jax.Array:
+        """The tail that the tokens after x need.
 
         Args:
           x: (B, T, channels) inputs.
           tail: (B, width - 1, channels) inputs of the tokens before, of token 0's document; None for zeros.
           segments: the documents of the tokens, or None for one document a row.
         """
-        T, before = x.shape[1], self.width - 1
-        padded, run = self._with_tail(x, tail, segments)
-        taps = self.taps[...].astype(x.dtype)
-        y = self.bias[...].astype(x.dtype)[None, None]
-        for i in range(self.width):  # a few shifted sums, which XLA fuses into one pass
-            shifted = padded[:, i : i + T]
-            if run is not None:
-                shifted = jnp.where((run[:, i : i + T] == run[:, before:])[..., None], shifted, 0)
-            y = y + shifted * taps[None, None, i]
-        return y, self.next_tail(x, tail, segments)
-
-    def next_tail(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None) -> jax.Array:
-        """The tail after x; arguments as above."""
         before = self.width - 1
         padded, run = self._with_tail(x, tail, segments)
         if segments is None or run is None:  # both or neither

@@ -118,7 +118,7 @@ class LanguageModel(nnx.Module):
         embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
         x = constrain(embedding[tokens], "B", "T", None)
         start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
-        documents, end = find_documents(segment_ids, start, tokens.shape)
+        documents, end = find_documents(segment_ids, start, tokens.shape, self.config)
         graphdef, params = nnx.split(self.groups)
 
         def apply(carry, params_and_layer):

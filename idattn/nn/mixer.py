@@ -139,7 +139,7 @@ class Mixer(nnx.Module):
           state: as returned by an earlier call or by `init_state`, to resume from there; None to start anew.
         """
         start = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.position
-        documents, end = find_documents(segment_ids, start, x.shape[:2])
+        documents, end = find_documents(segment_ids, start, x.shape[:2], getattr(self, "config", None))
         y, memory = self.mix(x, documents, None if state is None else state.memory)
         if state is not None:
             memory = jax.tree.map(lambda old, new: new.astype(old.dtype), state.memory, memory)

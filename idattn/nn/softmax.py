@@ -10,11 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents
-from idattn.nn.layers import Linear, rotate_positions
+from idattn.nn.layers import Linear
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.ssm import check_rope
 from idattn.ops import softmax_attention
 from idattn.ops.einsum import einsum_f32
+from idattn.ops.prepare import rotate
 from idattn.ops.segments import PADDING
 from idattn.ops.softmax import sharded_softmax_attention
 from idattn.sharding import is_split, on_shards, spec
@@ -120,7 +121,8 @@ class SoftmaxAttention(Mixer):
         """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
         B, T, _ = projected[0].shape
         q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in projected)
-        q, k = (rotate_positions(y, documents.positions, self.config.rope_base) for y in (q, k))
+        assert documents.rotary is not None, "heads have pairs of channels, see `check`"
+        q, k = rotate(q, documents.rotary), rotate(k, documents.rotary)
         if memory is None and is_split("T"):
             o = sharded_softmax_attention(q, k, v, documents.positions, "sequence")
         elif memory is None:

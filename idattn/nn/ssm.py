@@ -4,6 +4,7 @@ Two questions span the paper's ablation (section 4). What does the state read: f
 or two generic inputs, [a, b]? And how is it read (`idattn.nn.readout`)? `idattn.nn.interdomain` names the combinations.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -14,12 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, at_last_token, exclusive_scan, halo, where_continued
-from idattn.nn.layers import HeadNorm, Linear, ShortConv, StateBasis, feature_map, param, rotate_positions
+from idattn.nn.layers import HeadNorm, Linear, ShortConv, StateBasis, param
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
 from idattn.ops import Basis, blockwise
 from idattn.ops.chunks import decay_state
 from idattn.ops.planes import complex_multiply
+from idattn.ops.prepare import HeadInputs, Preparation
 from idattn.sharding import is_split, on_shards, param_specs, spec
 
 
@@ -111,40 +113,55 @@ class SSMCore(nnx.Module):
           documents, memory: as in `Mixer.mix`.
           axis: the mesh axis that the tokens are split over, or None; then `memory` is what the sequence starts from.
         """
-        B, T, _ = projected["key"].shape
-        projected, tails = self._convolve(projected, documents, memory, axis)
-        heads = {name: y.reshape(B, T, -1, self.config.head_dim) for name, y in projected.items()}
-        k = self._features(heads["key"], documents.positions, mapped=self.feature_map)  # eq. 10
-        k, v = self.key_norm(k), self.value_norm(heads["value"])  # eq. 12
-        q = self._features(heads["query"], documents.positions, mapped=True) if self.readout.by_query else None
-        o, after = self._attend(q, k, v, tails, documents, memory, axis)  # eq. 11, 13
-        return checkpoint_name(o.reshape(B, T, -1), "mixer"), after
+        before, after = self._tails(projected, documents, memory, axis)
+        prepare = partial(self._prepare, projected, before, documents)
+        k = prepare("key", rotate=self.rope, mapped=self.feature_map, norm=self.key_norm)  # eq. 10, 12
+        v = prepare("value", norm=self.value_norm)  # eq. 12
+        q = prepare("query", rotate=self.rope, mapped=True) if self.readout.by_query else None  # eq. 10
+        o, after = self._attend(q, k, v, after, documents, memory, axis)  # eq. 11, 13
+        return checkpoint_name(o.reshape(*projected["key"].shape[:2], -1), "mixer"), after
 
-    def _convolve(
+    def _tails(
         self,
         projected: dict[str, jax.Array],
         documents: Documents,
         memory: SSMMemory | SSMBlockMemory | None,
         axis: str | None,
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """The projections, convolved where the mixer has a convolution, and the tails that the next tokens need."""
-        convolved, tails = dict(projected), {}
+    ) -> tuple[dict[str, jax.Array | None], dict[str, jax.Array]]:
+        """The inputs of the convolutions from before the tokens, and those that the next tokens need."""
+        before, after = {}, {}
         for name in self.conv_names:
             y, conv = projected[name], getattr(self, f"{name}_conv")
             tail = None if memory is None else memory.conv_tails[name]
             if axis is not None:
                 tail = halo(conv.next_tail(y, None, documents.segments), tail, documents, axis)
-            convolved[name], tails[name] = conv(y, tail, documents.segments)
-        return convolved, tails
+            before[name], after[name] = tail, conv.next_tail(y, tail, documents.segments)
+        return before, after
 
-    def _features(self, x: jax.Array, positions: jax.Array, *, mapped: bool) -> jax.Array:
-        """Heads with rotary positions and, if `mapped`, the feature map xi, in the configured order."""
-        after = mapped and self.config.ssm.rope_position == "after"
-        if after:
-            x = feature_map(x)
-        if self.rope:
-            x = rotate_positions(x, positions, self.config.rope_base)
-        return feature_map(x) if mapped and not after else x
+    def _prepare(
+        self,
+        projected: dict[str, jax.Array],
+        before: dict[str, jax.Array | None],
+        documents: Documents,
+        name: str,
+        *,
+        rotate: bool = False,
+        mapped: bool = False,
+        norm: HeadNorm | None = None,
+    ) -> jax.Array:
+        """A projection as heads (B, T, heads, width): convolved where the mixer does that, rotated, mapped by xi."""
+        inputs = HeadInputs(projected[name], rotary=documents.rotary if rotate else None)
+        if name in self.conv_names:
+            conv = getattr(self, f"{name}_conv")
+            inputs = inputs._replace(
+                taps=conv.taps[...], conv_bias=conv.bias[...], tail=before[name], positions=documents.borders
+            )
+        if norm is not None:
+            inputs = inputs._replace(scale=norm.scale[...], bias=norm.bias[...].reshape(-1))
+        width, first = self.config.head_dim, self.config.ssm.rope_position == "before"
+        preparation = Preparation(width, mapped, first, 0.0 if norm is None else norm.eps)
+        y = ops.prepare_heads(inputs, preparation, backend=self.compute.backend)
+        return y.reshape(*y.shape[:2], -1, width)
 
     def _attend(
         self,

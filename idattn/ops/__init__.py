@@ -1,6 +1,6 @@
 """Pure array functions: the op, its decode step, the parameters of its basis, the ideal layer, and softmax."""
 
-from idattn.ops.api import BACKENDS, interdomain_attention, linear_readout, linear_step, step, transfer
+from idattn.ops.api import BACKENDS, interdomain_attention, linear_readout, linear_step, prepare_heads, step, transfer
 from idattn.ops.backend import Backend
 from idattn.ops.discretize import Basis
 from idattn.ops.ideal import IdealState, draw_frequencies, ideal_attention, ideal_step, random_features
@@ -9,6 +9,6 @@ from idattn.ops.softmax import softmax_attention
 
 __all__ = [
     "BACKENDS", "Backend", "Basis", "IdealState", "Segments", "draw_frequencies", "find_segments", "ideal_attention",
-    "ideal_step", "interdomain_attention", "linear_readout", "linear_step", "random_features", "softmax_attention",
-    "step", "transfer",
+    "ideal_step", "interdomain_attention", "linear_readout", "linear_step", "prepare_heads", "random_features",
+    "softmax_attention", "step", "transfer",
 ]  # fmt: skip

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from absl import logging
 
 from idattn.choices import READOUTS, check_choice
-from idattn.ops import chunks, chunkwise, fft, pallas_tpu, recurrent
+from idattn.ops import chunks, chunkwise, fft, pallas_tpu, prepare, recurrent
+from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
 from idattn.ops.backend import Backend, Rule
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
 from idattn.ops.planes import flatten_planes, real_part_row
-from idattn.ops.segments import Segments, find_segments
+from idattn.ops.segments import Segments
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 
 # In the order in which "auto" tries those that prefer a platform; chunkwise serves every platform.
@@ -93,19 +94,19 @@ def interdomain_attention(
     """
     check_choice("readout", readout, READOUTS)
     chosen = _find_backend(backend)
-    _check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
+    check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
     B, T, H, R = q.shape
     G, E = k.shape[2], v.shape[3]
-    _check_shape("k", k, (B, T, G, R), "B T G R, with B, T and R those of q")
-    _check_shape("v", v, (B, T, G, E), "B T G E, with B, T and G those of k")
+    check_shape("k", k, (B, T, G, R), "B T G R, with B, T and R those of q")
+    check_shape("v", v, (B, T, G, E), "B T G E, with B, T and G those of k")
     if H % G:
         raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
-    dtype = _state_dtype(basis, q, k, v)
-    M = _check_basis(basis, G)
+    dtype = state_dtype(basis, q, k, v)
+    M = check_basis(basis, G)
     shape = (B, G, R + E, 2 * M)
-    state = None if initial_state is None else _check_state(initial_state, shape, dtype)
-    inputs = q, k, v, _cast(basis, dtype)
-    segments = _check_segments(segment_ids, B, T)
+    state = None if initial_state is None else check_state(initial_state, shape, dtype)
+    inputs = q, k, v, cast(basis, dtype)
+    segments = check_segments(segment_ids, B, T)
     if chosen.interdomain is not None:
         state = jnp.zeros(shape, dtype) if state is None else state
         o, state = chosen.interdomain(*inputs, state, segments, readout=readout)
@@ -169,16 +170,16 @@ def linear_readout(
       NotImplementedError: the backend asked for cannot do it; the message names one that can.
     """
     chosen = _find_backend(backend)
-    _check_rank(z=(z, "B T H W"))
+    check_rank(z=(z, "B T H W"))
     B, T, H, W = z.shape
-    M = _check_basis(basis, H)
-    _check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
+    M = check_basis(basis, H)
+    check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
     if chosen.linear is None:
         raise NotImplementedError(f"backend={chosen.name!r} has no linear readout; use backend='chunkwise'.")
-    dtype = _state_dtype(basis, z)
-    state = _check_state(initial_state, (B, H, W, 2 * M), dtype)
-    segments = _check_segments(segment_ids, B, T)
-    inputs = z, _cast(basis, dtype), c_out.astype(dtype), state, segments
+    dtype = state_dtype(basis, z)
+    state = check_state(initial_state, (B, H, W, 2 * M), dtype)
+    segments = check_segments(segment_ids, B, T)
+    inputs = z, cast(basis, dtype), c_out.astype(dtype), state, segments
     y, state = chosen.linear(*inputs, chunk_size=chosen.chunk(chunk_size, T))
     return (y, state) if return_state else y
 
@@ -208,13 +209,13 @@ def transfer(
     Raises:
       ValueError: a shape, dtype or chunk size does not fit.
     """
-    _check_rank(**{f"inputs[{i}]": (x, "B T G W") for i, x in enumerate(inputs)})
+    check_rank(**{f"inputs[{i}]": (x, "B T G W") for i, x in enumerate(inputs)})
     B, T, G, _ = inputs[0].shape
     for i, x in enumerate(inputs):
-        _check_shape(f"inputs[{i}]", x, (B, T, G, x.shape[3]), "B T G W, with B, T and G those of the first")
-    _check_basis(basis, G)
-    segments = _check_segments(segment_ids, B, T)
-    basis = _cast(basis, _state_dtype(basis, *inputs))
+        check_shape(f"inputs[{i}]", x, (B, T, G, x.shape[3]), "B T G W, with B, T and G those of the first")
+    check_basis(basis, G)
+    segments = check_segments(segment_ids, B, T)
+    basis = cast(basis, state_dtype(basis, *inputs))
     return chunkwise.transfer(inputs, basis, segments, chunk_size=chunkwise.BACKEND.chunk(chunk_size, T))
 
 
@@ -238,16 +239,16 @@ def step(
       ValueError: a shape or dtype does not fit, or the readout is unknown.
     """
     check_choice("readout", readout, READOUTS)
-    _check_rank(q=(q, "B H R"), k=(k, "B G R"), v=(v, "B G E"))
+    check_rank(q=(q, "B H R"), k=(k, "B G R"), v=(v, "B G E"))
     B, H, R = q.shape
     G, E = k.shape[1], v.shape[2]
-    _check_shape("k", k, (B, G, R), "B G R, with B and R those of q")
-    _check_shape("v", v, (B, G, E), "B G E, with B and G those of k")
+    check_shape("k", k, (B, G, R), "B G R, with B and R those of q")
+    check_shape("v", v, (B, G, E), "B G E, with B and G those of k")
     if H % G:
         raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
-    dtype = _state_dtype(basis, q, k, v)
-    state = _check_state(state, (B, G, R + E, 2 * _check_basis(basis, G)), dtype)
-    basis = _cast(basis, dtype)
+    dtype = state_dtype(basis, q, k, v)
+    state = check_state(state, (B, G, R + E, 2 * check_basis(basis, G)), dtype)
+    basis = cast(basis, dtype)
     state = _advance(jnp.concatenate([k, v], axis=-1).astype(dtype), basis, state)
     X_k, X_v = jnp.split(state, [R], axis=-2)
     y = jnp.einsum("bgjr,bgrm->bgjm", q.reshape(B, G, H // G, R).astype(dtype), X_k, precision="highest")
@@ -271,16 +272,45 @@ def linear_step(z: jax.Array, basis: Basis, c_out: jax.Array, state: State) -> t
     Raises:
       ValueError: a shape or dtype does not fit.
     """
-    _check_rank(z=(z, "B H W"))
+    check_rank(z=(z, "B H W"))
     B, H, W = z.shape
-    M = _check_basis(basis, H)
-    _check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
-    dtype = _state_dtype(basis, z)
-    basis = _cast(basis, dtype)
-    state = _advance(z.astype(dtype), basis, _check_state(state, (B, H, W, 2 * M), dtype))
+    M = check_basis(basis, H)
+    check_shape("c_out", c_out, (H, M), "H M, with H that of z and M that of the basis")
+    dtype = state_dtype(basis, z)
+    basis = cast(basis, dtype)
+    state = _advance(z.astype(dtype), basis, check_state(state, (B, H, W, 2 * M), dtype))
     row = linear_readout_row(basis, c_out.astype(dtype))
     y = jnp.einsum("gm,bgwm->bgw", row, state, precision="highest")
     return y.astype(z.dtype), state
+
+
+def prepare_heads(
+    inputs: prepare.HeadInputs, preparation: prepare.Preparation, *, backend: str | Backend = AUTO
+) -> jax.Array:
+    """The heads of a projection, prepared for the op (eq. 10 and 12): convolved, rotated, mapped, normalised.
+
+    Args:
+      inputs: the projection and what it is prepared with.
+      preparation: what is done.
+      backend: as in `interdomain_attention`. Chunked ones prepare in one pass, and have no forward mode; what a kernel
+        cannot do is composed of array operations.
+
+    Returns:
+      (B, T, C) in the dtype of the projection, computed in float32 or better.
+    """
+    chosen = _find_backend(backend)
+    if chosen.rule is None:
+        return prepare.compose(preparation, inputs)
+
+    def bind(rule: prepare.Rule | None) -> Rule:
+        rule = prepare.COMPOSED if rule is None or rule.requirement(inputs, preparation) else rule
+        return functools.partial(rule.forward, preparation), functools.partial(rule.backward, preparation)
+
+    rule = bind(chosen.prepare)
+    if backend == AUTO:
+        rules = {platform: bind(x.prepare) for x in BACKENDS.values() for platform in x.platforms if x.prepare}
+        rule = _switch(rules, rule)
+    return prepare.prepare(inputs, *rule)
 
 
 def _find_backend(backend: str | Backend) -> Backend:
@@ -308,8 +338,7 @@ def _by_platform(
                 rules[platform] = backend.rule
                 chosen.append(f"{backend.name} on {platform}")
     _log_once("interdomain_attention: backend='auto' takes " + "; ".join([*chosen, f"{default} else", *refused]))
-    forward = _switch({platform: x[0] for platform, x in rules.items()}, rule[0])
-    return forward, _switch({platform: x[1] for platform, x in rules.items()}, rule[1])
+    return _switch(rules, rule)
 
 
 @functools.cache
@@ -317,74 +346,17 @@ def _log_once(message: str) -> None:
     logging.info(message)
 
 
-def _switch(functions: dict[str, Callable[..., Any]], default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is that of the platform which is compiled for, or the default."""
-    if not functions:
-        return default
-    return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=default)
+def _switch(rules: dict[str, Rule], default: Rule) -> Rule:
+    """The rule of the platform that is compiled for, or the default."""
+
+    def choose(i: int) -> Callable[..., Any]:
+        functions = {platform: rule[i] for platform, rule in rules.items()}
+        return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=default[i])
+
+    return (choose(0), choose(1)) if rules else default
 
 
 def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:
     """The state (B, G, W, 2M) after a token z (B, G, W)."""
     lam, beta = discretize(basis)
     return chunks.decay_state(lam[None], state) + flatten_planes(beta)[None, :, None] * z[..., None]
-
-
-def _check_rank(**arrays: tuple[jax.Array, str]) -> None:
-    for name, (array, axes) in arrays.items():
-        if array.ndim != len(axes.split()) or 0 in array.shape:
-            raise ValueError(f"{name} of shape {array.shape} must have the axes {axes}, none of them empty.")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} of dtype {array.dtype} must be floating point.")
-
-
-def _check_shape(name: str, array: jax.Array, expected: tuple[int, ...], rule: str) -> None:
-    if array.shape != expected:
-        raise ValueError(f"{name} of shape {array.shape} must have the shape {expected}: {rule}.")
-
-
-def _check_basis(basis: Basis, G: int) -> int:
-    """M, after checking that every parameter fits G heads."""
-    if basis.a_log.ndim != 2:
-        raise ValueError(f"basis.a_log of shape {basis.a_log.shape} must have the axes G M.")
-    M = basis.a_log.shape[1]
-    _check_shape("basis.log_delta", basis.log_delta, (G,), "one step size for each key-value head")
-    _check_shape("basis.a_log", basis.a_log, (G, M), "G M, with G the number of key-value heads")
-    _check_shape("basis.a_imag", basis.a_imag, (G, M), "G M, as basis.a_log")
-    if basis.c is None:
-        return M
-    planes = basis.c if isinstance(basis.c, tuple) else (basis.c,)
-    if isinstance(basis.c, tuple) and (len(planes) != 2 or planes[0].shape != planes[1].shape):
-        raise ValueError(f"basis.c={[p.shape for p in planes]} must be two real planes (re, im) of one shape.")
-    for plane in planes:
-        if plane.shape not in ((G, M, M), (G, M)):
-            raise ValueError(f"basis.c of shape {plane.shape} must have the shape {(G, M, M)} or {(G, M)}, or be None.")
-    return M
-
-
-def _check_state(state: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    if state is None:
-        return jnp.zeros(shape, dtype)
-    _check_shape("the state", state, shape, "B, G, width of [k, v], 2M (real parts, imaginary parts)")
-    return state.astype(dtype)
-
-
-def _check_segments(segment_ids: jax.Array | Segments | None, B: int, T: int) -> Segments | None:
-    if segment_ids is None:
-        return None
-    ids = segment_ids.run if isinstance(segment_ids, Segments) else segment_ids
-    _check_shape("segment_ids", ids, (B, T), "one id for each token")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids of dtype {ids.dtype} must be integers.")
-    return segment_ids if isinstance(segment_ids, Segments) else find_segments(segment_ids)
-
-
-def _state_dtype(basis: Basis, *inputs: jax.Array) -> jnp.dtype:
-    return jnp.result_type(jnp.float32, basis.log_delta.dtype, *(x.dtype for x in inputs))
-
-
-def _cast(basis: Basis, dtype: jnp.dtype) -> Basis:
-    """The basis in the state's dtype; complex parts stay complex."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype), basis
-    )

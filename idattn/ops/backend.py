@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from idattn.ops.prepare import Rule as PrepareRule
+
 DEFAULT_CHUNK_SIZE = 128
 Rule = tuple[Callable[..., Any], Callable[..., Any]]  # (forward, backward), see `idattn.ops.chunks._attend`
 
@@ -24,6 +26,7 @@ class Backend:
       requirement: (q, k, v, num_modes, chunk_size, dtype) -> what it would need of them, or None if it has all;
         `dtype` is the state's.
       clips_chunks: whether a chunk may be as short as a sequence that is shorter than `chunk_size`.
+      prepare: how it prepares heads, on its platforms; None for `idattn.ops.prepare.COMPOSED`.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Backend:
     platforms: tuple[str, ...] = ()
     requirement: Callable[..., str | None] = lambda q, k, v, num_modes, chunk_size, dtype: None
     clips_chunks: bool = True
+    prepare: PrepareRule | None = None
 
     def __post_init__(self):
         if (self.rule is None) == (self.interdomain is None):

@@ -102,19 +102,21 @@ def decay_state(decay: jax.Array, state: jax.Array) -> jax.Array:
 def pad_to_chunks(
     arrays: tuple[jax.Array, ...], segments: Segments | None, K: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-    """Arrays (B, T, ...) with T padded to a multiple of K, and the run of every token, (B, T) int32.
+    """Arrays (B, T, ...) with T padded to a multiple of K by zeros, and the run of every token, (B, T) int32.
 
-    The run is -1 at padding, whose values become 0 whatever they hold (NaN included); it is None where every row
-    is one document without padding.
+    The run is -1 at padding; it is None where every row is one document without padding.
     """
     T = arrays[0].shape[1]
     pad = -(-T // K) * K - T  # not -T % K: of a symbolic T, jax.export knows that this is at least K with T
-    run = None
-    if segments is not None:
-        is_token = segments.run != PADDING
-        arrays = tuple(jnp.where(is_token[..., None, None], x, 0) for x in arrays)
-        run = jnp.pad(segments.run, ((0, 0), (0, pad)), constant_values=PADDING)
+    run = None if segments is None else jnp.pad(segments.run, ((0, 0), (0, pad)), constant_values=PADDING)
     return tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in arrays), run
+
+
+def zero_padding(arrays: Sequence[jax.Array], run: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Arrays (B, T, ...) that are 0 at padding, whatever they hold there (NaN included)."""
+    if run is None:
+        return tuple(arrays)
+    return tuple(jnp.where((run != PADDING).reshape(*run.shape, *[1] * (x.ndim - 2)), x, 0) for x in arrays)
 
 
 def last_tokens(segments: Segments | None, B: int, T: int) -> jax.Array:
@@ -161,7 +163,7 @@ def zero_state(k: jax.Array, v: jax.Array, tables: Tables) -> jax.Array:
 def _attend(rule: Rule, q, k, v, tables: Tables, initial_state, run, last_chunk):
     """Outputs (B, T, H, E) and the state at the start of chunk `last_chunk` (B,), T being a multiple of K.
 
-    rule = (forward, backward):
+    rule = (forward, backward), for which q, k and v may hold anything where `run` is PADDING:
       forward(q, k, v, tables, initial_state, run, last_chunk) returns those two;
       backward(the same, cotangents of those two) returns the cotangents of q, k, v, tables and initial_state.
     """
@@ -198,7 +200,8 @@ def final_state(
     B, K = last.shape[0], tables.lags.shape[1]
     first, offset = jnp.maximum(last, 0) // K * K, jnp.maximum(last, 0) % K
     chunk = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=K))
-    z = jnp.concatenate([chunk(x, first) for x in inputs], axis=-1)  # (B, K, G, W)
+    z = [chunk(x.reshape(*x.shape[:2], -1), first).reshape(B, K, *x.shape[2:]) for x in inputs]
+    z = jnp.concatenate(z, axis=-1)  # (B, K, G, W)
     lag = offset[:, None] - jnp.arange(K)[None]  # from each token of the chunk to the last one, (B, K)
     in_state = lag >= 0
     decayed = decay_state(tables.decays[:, offset].swapaxes(0, 1), start)
@@ -206,6 +209,7 @@ def final_state(
         runs = chunk(run, first)
         last_run = runs[jnp.arange(B), offset]
         run_before = jnp.where(first == 0, 0, run[jnp.arange(B), first - 1])
+        (z,) = zero_padding((z,), runs)
         in_state &= runs == last_run[:, None]
         decayed = jnp.where((last_run == run_before)[:, None, None, None], decayed, 0)
     weights = jnp.where(in_state[None, ..., None], tables.lags[:, jnp.maximum(lag, 0)], 0)  # (G, B, K, 2M)

@@ -23,6 +23,7 @@ from idattn.ops.chunks import (
     merge_axes,
     pad_to_chunks,
     readout_cotangent,
+    zero_padding,
     zero_state,
 )
 from idattn.ops.discretize import Basis, discretize, linear_readout_row
@@ -190,6 +191,7 @@ def linear(
     tables = lag_tables(basis, chunk_size)
     last = last_tokens(segments, B, T)
     (z,), run = pad_to_chunks((z,), segments, chunk_size)
+    (z,) = zero_padding((z,), run)
     masks = _find_masks(run, tables)
     split = _split(z, tables)
     in_end = split if masks is None else jnp.where(masks.end, split, 0)
@@ -233,7 +235,8 @@ def transfer(
 def _groups(
     arrays: Sequence[jax.Array], run: jax.Array | None, tables: Tables | LagTables, group: int | None
 ) -> tuple[tuple[Any, ...], int]:
-    """Arrays and runs (B, T, ...) as (groups, B, tokens of a group, ...), padded at the end; and how many groups."""
+    """Arrays and runs (B, T, ...) as (groups, B, tokens of a group, ...), 0 at padding; and how many groups."""
+    arrays = zero_padding(arrays, run)
     B, T = arrays[0].shape[:2]
     K = tables.lags.shape[1]
     count = 1 if group is None else -(-T // (K * group))

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
+from idattn.ops import prepare_tpu
 from idattn.ops.backend import Backend
 from idattn.ops.chunks import Tables
 from idattn.ops.tpu_kernels import (
@@ -24,27 +22,13 @@ from idattn.ops.tpu_kernels import (
     Block,
     backward_kernel,
     forward_kernel,
+    requires_tpu,
     starts_kernel,
 )
 
 MAX_HEADS = 16  # query heads whose chains of products a program interleaves
 MERGED = 8  # chunks in a program of the kernel that recomputes the states
 VMEM_BYTES = 56 * 2**20  # of 64 MiB (v5p) or 128 MiB (v5e, v6e)
-
-_requires_tpu = Primitive("requires_tpu")  # 0 when compiled for a TPU, an error when compiled for anything else
-_requires_tpu.def_abstract_eval(lambda: ShapedArray((), jnp.int32))
-_requires_tpu.def_impl(lambda: jax.jit(_requires_tpu.bind)())
-mlir.register_lowering(
-    _requires_tpu, mlir.lower_fun(lambda: jnp.zeros((), jnp.int32), multiple_results=False), platform="tpu"
-)
-
-
-@partial(mlir.register_lowering, _requires_tpu)
-def _refuse(ctx):
-    raise NotImplementedError(
-        "backend='pallas_tpu' was asked for, and this is compiled for another platform than TPU; "
-        "use backend='chunkwise', or 'auto', which takes the kernels on TPUs only."
-    )
 
 
 def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
@@ -189,7 +173,7 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
         ),
         interpret=interpret,
         name="interdomain_" + kernel.__name__.removesuffix("_kernel"),
-    )(last_chunk.astype(jnp.int32) + (0 if interpret else _requires_tpu.bind()), *arrays)
+    )(last_chunk.astype(jnp.int32) + (0 if interpret else requires_tpu()), *arrays)
 
 
 def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False) -> Block:
@@ -310,7 +294,12 @@ def _unpack_state(block: Block, x, tables: Tables):
 
 
 BACKEND = Backend(
-    name="pallas_tpu", rule=(forward, backward), platforms=("tpu",), requirement=requirement, clips_chunks=False
+    name="pallas_tpu",
+    rule=(forward, backward),
+    platforms=("tpu",),
+    requirement=requirement,
+    clips_chunks=False,
+    prepare=prepare_tpu.RULE,
 )
 
 
@@ -321,4 +310,4 @@ def interpreted(interpret) -> Backend:
       interpret: as `jax.experimental.pallas.pallas_call` takes it.
     """
     rule = (partial(forward, interpret=interpret), partial(backward, interpret=interpret))
-    return Backend(name="pallas_tpu", rule=rule, clips_chunks=False)
+    return Backend(name="pallas_tpu", rule=rule, clips_chunks=False, prepare=prepare_tpu.interpreted(interpret))

@@ -13,16 +13,41 @@ to lags t - s, and back. A roll goes to the right only. So products that are abo
 a permutation matrix), or read tables from the largest lag to the smallest.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 LANES = 128
 FORWARD_TABLES = ("lags", "spread", "readout")
 BACKWARD_TABLES = ("lags", "spread", "late_lags", "late_spread", "readout")
+
+
+_requires_tpu = Primitive("requires_tpu")  # 0 when compiled for a TPU, an error when compiled for anything else
+_requires_tpu.def_abstract_eval(lambda: ShapedArray((), jnp.int32))
+_requires_tpu.def_impl(lambda: jax.jit(_requires_tpu.bind)())
+mlir.register_lowering(
+    _requires_tpu, mlir.lower_fun(lambda: jnp.zeros((), jnp.int32), multiple_results=False), platform="tpu"
+)
+
+
+@functools.partial(mlir.register_lowering, _requires_tpu)
+def _refuse(ctx):
+    raise NotImplementedError(
+        "backend='pallas_tpu' was asked for, and this is compiled for another platform than TPU; "
+        "use backend='chunkwise', or 'auto', which takes the kernels on TPUs only."
+    )
+
+
+def requires_tpu() -> jax.Array:
+    """0 where it is compiled for a TPU; NotImplementedError elsewhere."""
+    return _requires_tpu.bind()
 
 
 class Block(NamedTuple):
@@ -63,6 +88,7 @@ class Block(NamedTuple):
 class _Masks(NamedTuple):
     """What a chunk's tokens see, for all heads; None where that is everything."""
 
+    tokens: jax.Array | None  # (K, 1) token t is not padding
     flipped: jax.Array  # (K, K) token t sees token s, column K - 1 - s
     within: jax.Array  # (K, K) token t sees token s
     start: jax.Array | None  # (K, 1) token t sees the state at the start
@@ -137,10 +163,11 @@ def _find_masks(block: Block, runs_ref, chunk: int = 0) -> _Masks:
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (K, K), axis) for axis in (0, 1))
     flipped, within = row + column >= K - 1, column <= row
     if not block.has_segments:
-        return _Masks(flipped, within, None, None, None)
+        return _Masks(None, flipped, within, None, None, None)
     run, reverse, before, last = (runs_ref[0, chunk, i : i + 1] for i in range(4))  # (1, K) each, see `_pack_runs`
     of_row = jnp.broadcast_to(run, (K, K)).T
     return _Masks(
+        tokens=of_row[:, :1] >= 0,
         flipped=flipped & (of_row == reverse),
         within=within & (of_row == run),
         start=(of_row == before)[:, :1],
@@ -232,11 +259,12 @@ def forward_kernel(last_ref, *refs, block: Block):
         last_start_ref[0, 0] = state[...]
 
     tables, masks = _views(tables_ref, block.K, FORWARD_TABLES), _find_masks(block, runs_ref)
-    k, v, X = k_ref[0], v_ref[0], state[...]
+    q, k, v = (_where(masks.tokens, ref[0]) for ref in (q_ref, k_ref, v_ref))
+    X = state[...]
     rounded = X.astype(dtype)
     X_v = rounded[block.heads * block.R :]
     o = {}
-    for (h, j), r in _read(block, q_ref[0], _flip(block, k), rounded, tables, decays_ref, masks).items():
+    for (h, j), r in _read(block, q, _flip(block, k), rounded, tables, decays_ref, masks).items():
         window = _window(h, E, block.heads * E)
         o[h, j] = _dot(r.weights, v[:, window]) + _dot(r.decayed_w, X_v[window], (1, 1))
     for j in range(block.J):
@@ -254,8 +282,9 @@ def starts_kernel(last_ref, *refs, block: Block):
     X = state[...]
     for i in range(starts_ref.shape[1]):
         starts_ref[0, i, 0] = X.astype(starts_ref.dtype)
-        tokens = slice(i * block.K, (i + 1) * block.K)
-        X = _advance(block, k_ref[0, tokens], v_ref[0, tokens], X, lags, decays_ref, _find_masks(block, runs_ref, i))
+        tokens, masks = slice(i * block.K, (i + 1) * block.K), _find_masks(block, runs_ref, i)
+        k, v = (_where(masks.tokens, ref[0, tokens]) for ref in (k_ref, v_ref))
+        X = _advance(block, k, v, X, lags, decays_ref, masks)
     state[...] = X
 
 
@@ -276,17 +305,18 @@ def backward_kernel(last_ref, *refs, block: Block):
         d_decays_ref[...] = jnp.zeros_like(d_decays_ref)
 
     tables, masks = _views(tables_ref, K, BACKWARD_TABLES), _find_masks(block, runs_ref)
-    k, v, X, d_X = k_ref[0], v_ref[0], starts_ref[0, 0, 0], d_state[...]
+    q, k, v, d_o = (_where(masks.tokens, ref[0]) for ref in (q_ref, k_ref, v_ref, d_o_ref))
+    X, d_X = starts_ref[0, 0, 0], d_state[...]
     X_k, X_v, d_X_rounded = X[: heads * R], X[heads * R :], d_X.astype(dtype)
     v_flipped = _flip(block, v)
     # In transposed arrays a head is a range of rows, so that products with it fill the systolic array.
-    k_T, v_T, q_T, d_o_T = k.T, v.T, [q_ref[0, j].T for j in range(J)], [d_o_ref[0, j].T for j in range(J)]
-    read = _read(block, q_ref[0], _flip(block, k), X, tables, decays_ref, masks)
+    k_T, v_T, q_T, d_o_T = k.T, v.T, [q[j].T for j in range(J)], [d_o[j].T for j in range(J)]
+    read = _read(block, q, _flip(block, k), X, tables, decays_ref, masks)
     d_weights, d_decayed_w, d_w, d_scores, d_decayed_response, d_response, d_same, d_other = ({} for _ in range(8))
 
     # o = P v + decayed_w X_v, P = skew(w lags^T), decayed_w = w conj(decays), since w carries the sign of Re
     for h, j in chains:
-        window, lanes = _window(h, E, heads * E), _head_lanes(d_o_ref[0, j], h, E)
+        window, lanes = _window(h, E, heads * E), _head_lanes(d_o[j], h, E)
         d_weights[h, j] = _dot(lanes, v_flipped[:, window], (1, 1))
         d_decayed_w[h, j] = _where(masks.start, _dot(lanes, X_v[window]))
     for h, j in chains:

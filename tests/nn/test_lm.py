@@ -10,7 +10,8 @@ from flax import nnx
 from support.helpers import assert_close
 
 from idattn.config import ComputeConfig, ModelConfig
-from idattn.nn import Documents, LanguageModel
+from idattn.nn import LanguageModel
+from idattn.nn.documents import find_documents
 from idattn.nn.lm import Block
 
 COMPUTE = ComputeConfig(dtype="float32", chunk_size=4)
@@ -38,7 +39,7 @@ def test_scanned_layers_equal_a_loop_over_them():
         group = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
         assert [type(b) for b in group.blocks] == [Block] * 3
         for block in group.blocks:
-            documents = Documents(jnp.broadcast_to(jnp.arange(11)[None], (2, 11)))
+            documents, _ = find_documents(None, jnp.zeros(2, jnp.int32), (2, 11), model.config)
             x, _ = nnx.jit(lambda block, x, documents: block(x, documents, None))(block, x, documents)
     expected = model.final_norm(x) @ model.head.weight[...]
     assert_close(run(model, tokens())[0], expected, "float32", reduction=12)

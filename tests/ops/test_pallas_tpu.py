@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idattn.ops import interdomain_attention
+from idattn.ops import interdomain_attention, prepare_heads
+from idattn.ops.prepare import HeadInputs, Preparation
 from idattn.plan.compiler import compile_for
 from idattn.plan.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
 
@@ -45,11 +46,36 @@ def compile_op(topology, shape, dtype, T=300, segments=True):
     return compile_for(topology, op, *inputs, ids).as_text()
 
 
+def compile_preparation(topology, shape, dtype, B=2, T=300):
+    """Keys as the layer prepares them, with all that may be done, and their cotangents."""
+    C, R = shape.G * shape.R, shape.R
+    array = jax.ShapeDtypeStruct
+    inputs = HeadInputs(
+        x=array((B, T, C), jnp.dtype(dtype)),
+        taps=array((4, C), jnp.float32),
+        conv_bias=array((C,), jnp.float32),
+        tail=array((B, 3, C), jnp.dtype(dtype)),
+        scale=array((R,), jnp.float32),
+        bias=array((C,), jnp.float32),
+        rotary=array((B, T, 2 * R), jnp.float32),
+        positions=array((B, T), jnp.int32),
+    )
+
+    def gradients(inputs, d_y):
+        def forward(*differentiable):
+            arrays = HeadInputs(*differentiable, inputs.rotary, inputs.positions)
+            return prepare_heads(arrays, Preparation(R, activate=True, eps=1e-6))
+
+        return jax.vjp(forward, *inputs[:6])[1](d_y)
+
+    return compile_for(topology, gradients, inputs, inputs.x).as_text()
+
+
 @pytest.mark.parametrize(("topology", "shape", "dtype"), [*QUICK, *SLOW])
 def test_the_kernels_compile(libtpu, topology, shape, dtype):
-    text = compile_op(topology, SHAPES[shape], dtype)
-    for kernel in ("forward", "starts", "backward"):
-        assert f"interdomain_{kernel}" in text
+    text = compile_op(topology, SHAPES[shape], dtype) + compile_preparation(topology, SHAPES[shape], dtype)
+    for kernel in ("interdomain_forward", "interdomain_starts", "interdomain_backward", "prepare_backward"):
+        assert kernel in text
 
 
 @pytest.mark.slow

@@ -1,0 +1,170 @@
+"""What is done to the heads of a projection before the state sees them: convolution, rotary positions, eq. 10 and 12.
+
+One pass over memory forward and one backward, which recomputes the pass from its input.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FLOOR = 1e-6  # under the root of the feature map, which keeps its gradient finite at 0
+
+
+class HeadInputs(NamedTuple):
+    """The arrays of a preparation; None for what it does not do.
+
+    Attributes:
+      x: (B, T, C) a projection, C channels of heads that lie next to each other.
+      taps: (W, C) of a causal depthwise convolution, the last one of the token itself; with `conv_bias` and `tail`.
+      conv_bias: (C,).
+      tail: (B, W - 1, C) x of the tokens before token 0, for a convolution; None for zeros.
+      scale: (width,) of the RMSNorm of eq. 12, shared by the heads; with `bias`.
+      bias: (C,) of eq. 12.
+      rotary: (B, T, 2 width) float32 as `rotary_table` makes it.
+      positions: (B, T) int32 of the tokens in their documents, beyond whose border a convolution does not look; None
+        where every row is one document.
+    """
+
+    x: jax.Array
+    taps: jax.Array | None = None
+    conv_bias: jax.Array | None = None
+    tail: jax.Array | None = None
+    scale: jax.Array | None = None
+    bias: jax.Array | None = None
+    rotary: jax.Array | None = None
+    positions: jax.Array | None = None
+
+
+class Preparation(NamedTuple):
+    """What is done after the convolution.
+
+    Attributes:
+      width: channels of a head.
+      activate: whether xi of eq. 10 is applied.
+      rotate_first: whether rotary positions come before xi.
+      eps: of the RMSNorm of eq. 12.
+    """
+
+    width: int
+    activate: bool = False
+    rotate_first: bool = True
+    eps: float = 0.0
+
+
+class Rule(NamedTuple):
+    """A way to prepare heads.
+
+    Attributes:
+      forward: (preparation, inputs) -> y (B, T, C).
+      backward: (preparation, inputs, d_y) -> the cotangents of the first six inputs.
+      requirement: (inputs, preparation) -> what it would need of them, or None if it has all.
+    """
+
+    forward: Callable[..., jax.Array]
+    backward: Callable[..., tuple[jax.Array | None, ...]]
+    requirement: Callable[[HeadInputs, Preparation], str | None] = lambda inputs, preparation: None
+
+
+def rotary_table(positions: jax.Array, width: int, base: float) -> jax.Array:
+    """What `rotate` multiplies by, (B, T, 2 width) float32: cosines, and sines with the signs of the rotation.
+
+    Channel i < width / 2 and channel i + width / 2 are a pair, at angle position * base^(-2 i / width).
+
+    Args:
+      positions: (B, T) of the tokens.
+      width: channels of a head, an even number.
+      base: a wavelength is 2 pi base^(2 i / width) tokens.
+    """
+    half = width // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
+
+
+def rotate(x: jax.Array, rotary: jax.Array) -> jax.Array:
+    """Rotary positions on all channels of heads (B, T, H, width), by a table of `rotary_table`."""
+    cos, sin = jnp.split(rotary[:, :, None], 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)
+    return (x * cos + jnp.concatenate([second, first], axis=-1) * sin).astype(x.dtype)
+
+
+def feature_map(x: jax.Array) -> jax.Array:
+    """xi(x) = SiLU(x) / ||SiLU(x)|| over the last axis (eq. 10)."""
+    activated = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    inverse = jax.lax.rsqrt(jnp.sum(activated**2, axis=-1, keepdims=True) + FLOOR)
+    return (activated * inverse).astype(x.dtype)
+
+
+def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 and rounded to the dtype of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
+
+
+def short_convolution(
+    x: jax.Array, taps: jax.Array, bias: jax.Array, tail: jax.Array | None, positions: jax.Array | None
+) -> jax.Array:
+    """A causal depthwise convolution of x (B, T, C); arguments as in `HeadInputs`."""
+    T, before = x.shape[1], taps.shape[0] - 1
+    padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+    if tail is not None:
+        padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    y = bias.astype(x.dtype)[None, None] + x * taps[None, None, before].astype(x.dtype)
+    for back in range(1, before + 1):  # a constant few shifted sums, which XLA fuses into one pass
+        shifted = padded[:, before - back : before - back + T]
+        if positions is not None:
+            shifted = jnp.where(positions[..., None] >= back, shifted, 0)
+        y = y + shifted * taps[None, None, before - back].astype(x.dtype)
+    return y
+
+
+def compose(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
+    """The preparation step by step, differentiable by JAX, in float32 or better."""
+    x = inputs.x.astype(jnp.promote_types(inputs.x.dtype, jnp.float32))
+    if inputs.taps is not None:
+        assert inputs.conv_bias is not None, "taps come with a bias"
+        x = short_convolution(x, inputs.taps, inputs.conv_bias, inputs.tail, inputs.positions)
+    x = x.reshape(*x.shape[:2], -1, preparation.width)
+    if inputs.rotary is not None and (preparation.rotate_first or not preparation.activate):
+        x = rotate(x, inputs.rotary)
+    if preparation.activate:
+        x = feature_map(x)
+        if inputs.rotary is not None and not preparation.rotate_first:
+            x = rotate(x, inputs.rotary)
+    if inputs.scale is not None:
+        assert inputs.bias is not None, "a scale comes with a bias"
+        x = rms_normalise(x, inputs.scale, preparation.eps)
+        x = x + inputs.bias.reshape(1, 1, -1, preparation.width)
+    return x.reshape(inputs.x.shape).astype(inputs.x.dtype)
+
+
+def _backward(preparation: Preparation, inputs: HeadInputs, d_y: jax.Array) -> tuple[jax.Array | None, ...]:
+    def forward(*arrays):
+        return compose(preparation, HeadInputs(*arrays, rotary=inputs.rotary, positions=inputs.positions))
+
+    return jax.vjp(forward, *inputs[:6])[1](d_y)
+
+
+COMPOSED = Rule(compose, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def prepare(inputs: HeadInputs, forward: Callable[..., Any], backward: Callable[..., Any]) -> jax.Array:
+    """`forward(inputs)`, which keeps nothing but its inputs for `backward(inputs, d_y)`."""
+    return forward(inputs)
+
+
+def _prepare_forward(inputs: HeadInputs, forward: Callable[..., Any], backward: Callable[..., Any]):
+    return forward(inputs), inputs
+
+
+def _prepare_backward(forward: Callable[..., Any], backward: Callable[..., Any], inputs: HeadInputs, d_y: jax.Array):
+    return (HeadInputs(*backward(inputs, d_y)),)
+
+
+prepare.defvjp(_prepare_forward, _prepare_backward)
