@@ -199,12 +199,13 @@ def test_no_other_path_becomes_a_local_folder(path, tmp_path, monkeypatch):
         lambda: read_json(path, ""),
         lambda: load_params(path),
         lambda: load_tokenizer(path),
-        lambda: load_documents(path),
         lambda: [*read_json_lines(path)],
         lambda: harness.local_task("piqa", path),
     ):
         with pytest.raises(ValueError, match=rf"{path}.* must be a path of a disk, or the string gs://BUCKET/PATH"):
             use()
+    with pytest.raises(ValueError, match=rf"{path}.* must be a path of a disk"):  # and no bucket serves either
+        load_documents(path)
     assert not [*tmp_path.iterdir()]
 
 
