@@ -82,6 +82,8 @@ def test_errors(checkpoint, tmp_path):
         run_main(evaluate, *arguments, "--lengths=1k,9")
     with pytest.raises(ValueError, match="'s3://bucket/x' must be a path of a disk, or the string gs:"):
         run_main(evaluate, f"--checkpoint={checkpoint}", "--out=s3://bucket/x")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer='none\.model' does not exist"):
+        run_main(evaluate, *arguments, "--tokenizer=none.model", "--tasks=mqar")
     assert not [*tmp_path.iterdir()]
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"results\.json has no results of an evaluation; name another folder"):

@@ -122,3 +122,5 @@ def test_errors(run, tmp_path):
         run("--prompt=a", "--prompt_file=b")
     with pytest.raises(flags.IllegalFlagValueError):
         run("--num_tokens=0")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer='none\.model' does not exist"):
+        run("--tokenizer=none.model")

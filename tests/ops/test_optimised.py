@@ -1,4 +1,4 @@
-"""The chunked op at the size of real chunks, in programs with all optimisations, of which other tests have few."""
+"""What the op is compiled to: numbers of optimised programs at the size of real chunks, and shapes that occur."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 from support import helpers
 
-from idattn.ops import Basis, interdomain_attention
+from idattn.ops import Basis, blockwise, interdomain_attention, step
 
 B, T, H, G, R, M = 2, 256, 4, 2, 16, 8
+
+
+def basis_of(case):
+    c = (case["c_re"], case["c_im"]) if "c_re" in case else None
+    return Basis(case["log_delta"], case["a_log"], case["a_imag"], c)
 
 
 def both(backend, segment_ids):
     """Jitted (case, cotangent) -> outputs and the cotangents of the case."""
 
     def function(case):
-        c = (case["c_re"], case["c_im"]) if "c_re" in case else None
-        basis = Basis(case["log_delta"], case["a_log"], case["a_imag"], c)
-        inputs = case["q"], case["k"], case["v"], basis
+        inputs = case["q"], case["k"], case["v"], basis_of(case)
         return interdomain_attention(
             *inputs, backend=backend, segment_ids=segment_ids, initial_state=case["initial_state"]
         )
@@ -29,7 +32,7 @@ def both(backend, segment_ids):
     return outputs
 
 
-def example(c):
+def example(c, M=M):
     rng = np.random.default_rng(0)
     case = helpers.random_case(rng, B=B, T=T, H=H, G=G, R=R, E=R, M=M, c=c, fast_phase=np.pi)
     case = {name: jnp.asarray(x, jnp.float32) for name, x in case.items()}
@@ -64,3 +67,24 @@ def test_no_sum_is_over_an_array_of_more_than_six_axes(backend, c):
     jaxpr = jax.make_jaxpr(both(backend, None))(*example(c)).jaxpr
     sums = [e.invars[0].aval.ndim for e in equations(jaxpr) if e.primitive.name == "reduce_sum"]
     assert sums and max(sums) <= 6
+
+
+@pytest.mark.parametrize("c", ["diagonal", "identity", "full"])
+@pytest.mark.parametrize("function", ["chunkwise", "associative", "fft", "step", "block"])
+def test_a_diagonal_c_has_no_table_of_all_pairs_of_modes(function, c):
+    """The work is M (R + E) a token, as `idattn.costs` counts; the reference, `recurrent`, and a full C take more."""
+    case = {name: x[:, :4] if name in ("q", "k", "v") else x for name, x in example(c, M=11)[0].items()}
+
+    def outputs(case):
+        if function not in ("step", "block"):
+            return both(function, None)(case, case["v"].repeat(2, axis=2))
+        basis, (q, k, v) = basis_of(case), (case[name][:, 0] for name in ("q", "k", "v"))
+        if function == "step":
+            return step(q, k, v, basis, case["initial_state"])
+        block = blockwise.open_block(basis, B, 4, 2 * R, q.dtype)
+        block = blockwise.add_token(block, jnp.concatenate([k, v], axis=-1))
+        return blockwise.interdomain(q, basis, case["initial_state"][None], 0, block, readout="transpose")
+
+    shapes = {x.aval.shape for e in equations(jax.make_jaxpr(outputs)(case).jaxpr) for x in e.outvars}
+    pairs = [shape for shape in shapes if sum(size in (11, 22) for size in shape) > 1]
+    assert bool(pairs) == (c == "full"), pairs

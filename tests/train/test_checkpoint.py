@@ -14,7 +14,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from support.helpers import defined_flags, run_main
 
+from idattn.cli import export
 from idattn.config import quickstart
 from idattn.data import load_tokenizer, train_tokenizer
 from idattn.data.stream import sha256_of
@@ -419,8 +421,14 @@ def test_checkpoints_and_exports_contain_their_tokenizer(tmp_path):
             assert checkpoint_tokenizer(folder, config, name=name).fingerprint == tokenizer.fingerprint
         with pytest.raises(ValueError, match=r"t\.model'.* is another than that of .*Leave it out"):
             checkpoint_tokenizer(folder, config, name=str(path))
+    arguments = [f"--checkpoint={run}", f"--out={tmp_path / 'again'}"]
+    with defined_flags(export):
+        run_main(export, *arguments)
+        with pytest.raises(ValueError, match="is another than that of"):
+            run_main(export, *arguments, f"--tokenizer={path}")
     path.unlink()
-    assert checkpoint_tokenizer(exported, config).fingerprint == tokenizer.fingerprint
+    for folder in (exported, tmp_path / "again"):
+        assert checkpoint_tokenizer(folder, config).fingerprint == tokenizer.fingerprint
     flip_bit(run / "checkpoints" / "1" / "tokenizer" / "tokenizer.model")
     with pytest.raises(ValueError, match=r"damaged: .*tokenizer\.model does not match its checksum"):
         load_params(run)
@@ -446,6 +454,9 @@ def test_same_run(tmp_path):
     assert f"seed: {CONFIG.seed} there, 7 now" in str(error.value)
     assert "model.mixers: ('interdomain',) there, ('softmax',) now" in str(error.value)
     assert "model_dim" not in str(error.value)
+    (workdir / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(empty.*Start the run in another workdir"):
+        check_same_run(workdir, CONFIG)
 
 
 def test_same_run_by_the_content_of_its_data(tmp_path):

@@ -25,7 +25,7 @@ from support.runs import (
 )
 
 from idattn.config import OptimConfig, from_config_dict
-from idattn.data import load_data, train_iterator
+from idattn.data import load_data, load_tokenizer, train_iterator
 from idattn.train import loop, train
 from idattn.train.checkpoint import load_params
 from idattn.train.metrics import read_metrics
@@ -70,6 +70,7 @@ def test_files_and_metrics(finished):
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.stat().st_size > 0 for path in (workdir / "tensorboard").iterdir()] == [True]
     assert steps_of(workdir) == [8, 12]
+    assert load_tokenizer(workdir / "checkpoints" / "12" / "tokenizer").fingerprint == "bytes"
     losses = rows_of(workdir, "loss")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert abs(losses[0][1] - np.log(257)) < 0.1  # a new model knows nothing
