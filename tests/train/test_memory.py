@@ -1,0 +1,33 @@
+"""A long run needs no more memory than a short one."""
+
+import gc
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from support.runs import make_config, write_corpus
+
+from idattn.train import loop, train
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
+    """2,000 steps with ten evaluations and checkpoints: no arrays or objects stay, nor 4 kB of anything a step."""
+    seen, evaluate = [], loop._Run._evaluate
+
+    def measured(self, state):
+        gc.collect()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        seen.append((len(jax.live_arrays()), len(gc.get_objects()), resident))
+        return evaluate(self, state)
+
+    monkeypatch.setattr(loop._Run, "_evaluate", measured)
+    every = dict(eval_every=200, checkpoint_every=200, log_every=10)
+    train(make_config(write_corpus(tmp_path), steps=2000, **every), tmp_path / "run")
+    assert len(seen) == 10
+    # From step 800 on, since memory of the first steps' compilation is freed late.
+    arrays, objects, resident = zip(*seen[3:], strict=True)
+    assert arrays[-1] <= arrays[0]
+    assert objects[-1] - objects[0] < 1200
+    assert resident[-1] - min(resident) < 1200 * 4096
