@@ -26,8 +26,8 @@ def test_memory_does_not_grow_with_the_steps(tmp_path, monkeypatch):
     every = dict(eval_every=200, checkpoint_every=200, log_every=10)
     train(make_config(write_corpus(tmp_path), steps=2000, **every), tmp_path / "run")
     assert len(seen) == 10
-    # From step 800 on, since memory of the first steps' compilation is freed late.
-    arrays, objects, resident = zip(*seen[3:], strict=True)
-    assert arrays[-1] <= arrays[0]
-    assert objects[-1] - objects[0] < 1200
-    assert resident[-1] - min(resident) < 1200 * 4096
+    # From step 800 on. What compilation took may be given back later still, and hide what the steps take.
+    arrays, objects, resident = (last - first for first, last in zip(seen[3], seen[-1], strict=True))
+    assert arrays <= 0
+    assert objects < 1200
+    assert resident < 1200 * 4096
