@@ -1,0 +1,67 @@
+"""The built pages: they load nothing from the network, and their formulas are MathML."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "docs").glob("*.md"))
+
+
+class Page(HTMLParser):
+    """The addresses that a page makes a browser load, the number of its formulas, and its text outside code."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file, self.loaded, self.formulas, self.text, self.code = file, [], 0, "", 0
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.loaded += [values[name] for name in ("src", "href" if tag == "link" else "") if name in values]
+        self.formulas += tag == "math"
+        self.code += tag in ("code", "script")
+
+    def handle_endtag(self, tag):
+        self.code -= tag in ("code", "script")
+
+    def handle_data(self, data):
+        self.text += "" if self.code else data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder that `make docs` fills."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "properdocs", "build", "--strict", "--site-dir", folder]
+    subprocess.run(build, cwd=ROOT, check=True)
+    return folder
+
+
+def test_pages_load_files_of_the_site(site):
+    """Scripts, style sheets, fonts and images are there, so that the pages work without a network."""
+    loaded = {(page.file, address) for file in site.rglob("*.html") for page in [Page(file)] for address in page.loaded}
+    for file in site.rglob("*.css"):
+        loaded |= {(file, address) for address in re.findall(r"url\(['\"]?(?!data:)([^'\")]+)", file.read_text())}
+        assert "@import" not in file.read_text()
+    files = [(site if address[0] == "/" else file.parent) / address.lstrip("/") for file, address in loaded]
+    assert len(files) > 100 and [file for file in files if not file.is_file()] == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_formulas(site, source):
+    """Each becomes MathML, and is written in a way that the repository's page on GitHub typesets as well."""
+    blocks, text = [], source.read_text()
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        blocks += [block] * (language == "math")
+    text = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"\$([^$]+)\$", text)
+    # GitHub's Markdown takes escapes of punctuation, emphasis and the bars of tables before the formula.
+    assert [formula for formula in inline if re.search(r"\\[^a-zA-Z ]|[*|]|}_|\n", formula)] == []
+    page = Page(site / source.with_suffix(".html").name)
+    assert page.formulas == len(blocks) + len(inline)
+    assert not re.search(r"[$\\]", page.text)
