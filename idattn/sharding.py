@@ -159,7 +159,8 @@ def product(x: jax.Array, weight: jax.Array, dims: tuple[str, str]) -> jax.Array
         y = x @ weight
         return y if dims[0] == "D" or not split(dims[0]) else jax.lax.psum(y, split(dims[0]))
 
-    # Without axes of one device, over which XLA for CPUs exchanges too.
+    # Without axes of one device, over which XLA for CPUs exchanges too. The check of what varies stays on, unlike in
+    # `on_shards`: by it the gradient of a weight is summed over the devices that hold copies.
     weights = PartitionSpec(*(split(dim) for dim in dims))
     inputs, outputs = (PartitionSpec(split("B"), split("T"), () if dim == "D" else split(dim)) for dim in dims)
     return jax.shard_map(on_shard, in_specs=(inputs, weights), out_specs=outputs)(x, weight)

@@ -1,4 +1,4 @@
-"""The parts that the mixers and the decoder share: projections, norms, convolutions, rotary positions, the basis.
+"""The parts that the mixers and the decoder share: projections, norms, convolutions, the basis.
 
 Parameters are float32, name their dimensions (`dims`) for `idattn.sharding` and their `group` for the optimiser;
 everything computes in the dtype of its input.
@@ -13,7 +13,7 @@ from flax import nnx
 from idattn.config import SSMConfig
 from idattn.ops import Basis, Segments
 from idattn.ops.discretize import s4d_inv_frequencies
-from idattn.ops.prepare import rms_normalise
+from idattn.ops.prepare import rms_normalise, with_tail
 from idattn.sharding import product
 
 
@@ -84,24 +84,15 @@ class ShortConv(nnx.Module):
           segments: the documents of the tokens, or None for one document a row.
         """
         before = self.width - 1
-        padded, run = self._with_tail(x, tail, segments)
-        if segments is None or run is None:  # both or neither
+        padded = with_tail(x, tail, self.width)
+        if segments is None:
             return padded[:, x.shape[1] :]
+        run = jnp.pad(segments.run, ((0, 0), (before, 0)))
         # The inputs up to the last token that is not padding, without those of other documents.
         index = (segments.last + 1)[:, None] + jnp.arange(before)[None]
         rows = jnp.arange(padded.shape[0])[:, None]
         same = run[rows, index] == run[rows, index[:, -1:]] if before else jnp.ones(index.shape, bool)
         return jnp.where(same[..., None], padded[rows, index], 0)
-
-    def _with_tail(
-        self, x: jax.Array, tail: jax.Array | None, segments: Segments | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The tail followed by x, and the runs of both."""
-        B, _, channels = x.shape
-        before = self.width - 1
-        tail = jnp.zeros((B, before, channels), x.dtype) if tail is None else tail.astype(x.dtype)
-        run = None if segments is None else jnp.pad(segments.run, ((0, 0), (before, 0)))
-        return jnp.concatenate([tail, x], axis=1), run
 
 
 class StateBasis(nnx.Module):

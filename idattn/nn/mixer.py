@@ -60,10 +60,12 @@ class Mixer(nnx.Module):
     a new mixer has to define. By itself a mixer is called as `y, state = mixer(x, segment_ids=..., state=...)`.
 
     Attributes:
+      config: of the model; a mixer that sets it finds `documents.rotary` made for its heads also when called by itself.
       grows: whether the memory grows with the tokens (a cache, in the compute dtype, which a new token reads and adds
         to) rather than being of fixed size (which a new token reads and writes).
     """
 
+    config: ModelConfig
     grows: ClassVar[bool] = False
 
     @abstractmethod

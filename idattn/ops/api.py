@@ -1,7 +1,7 @@
 """The public functions of the layer's core: what they take and return, their checks, and the choice of a backend."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -118,7 +118,12 @@ def interdomain_attention(
         assert chosen.rule is not None, "a backend without `interdomain` has `rule`"
         rule = chosen.rule
         if backend == AUTO:
-            rule = _by_platform(chosen.name, rule, q, k, v, M, size, dtype)
+            offers = [
+                (x, x.rule, x.requirement(q, k, v, M, size, dtype))
+                for x in BACKENDS.values()
+                if x.rule is not None and x.platforms
+            ]
+            rule = _by_platform("interdomain_attention", offers, chosen.name, rule)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
 
@@ -302,14 +307,19 @@ def prepare_heads(
     if chosen.rule is None:
         return prepare.compose(preparation, inputs)
 
-    def bind(rule: prepare.Rule | None) -> Rule:
-        rule = prepare.COMPOSED if rule is None or rule.requirement(inputs, preparation) else rule
+    def bind(rule: prepare.Rule) -> Rule:
         return functools.partial(rule.forward, preparation), functools.partial(rule.backward, preparation)
 
-    rule = bind(chosen.prepare)
+    rule = bind(prepare.COMPOSED)
     if backend == AUTO:
-        rules = {platform: bind(x.prepare) for x in BACKENDS.values() for platform in x.platforms if x.prepare}
-        rule = _switch(rules, rule)
+        offers = [
+            (x, bind(x.prepare), x.prepare.requirement(inputs, preparation))
+            for x in BACKENDS.values()
+            if x.prepare is not None and x.platforms
+        ]
+        rule = _by_platform("prepare_heads", offers, "array operations", rule)
+    elif chosen.prepare is not None and not chosen.prepare.requirement(inputs, preparation):
+        rule = bind(chosen.prepare)
     return prepare.prepare(inputs, *rule)
 
 
@@ -321,39 +331,35 @@ def _find_backend(backend: str | Backend) -> Backend:
     return chunkwise.BACKEND if backend == AUTO else BACKENDS[backend]
 
 
-def _by_platform(
-    default: str, rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, M: int, chunk_size: int, dtype: jnp.dtype
-) -> Rule:
-    """The rule of the backend `default` but where one that prefers the platform that is compiled for can do it."""
+def _by_platform(op: str, offers: Sequence[tuple[Backend, Rule, str | None]], default: str, rule: Rule) -> Rule:
+    """`rule`, but on the platforms that a backend prefers that backend's, where it can do it.
+
+    Args:
+      op: for the log.
+      offers: backends that prefer a platform, the rule of each, and what it would need, or None if it can do it.
+      default: what `rule` is, for the log.
+    """
     rules: dict[str, Rule] = {}
     chosen, refused = [], []
-    for backend in BACKENDS.values():
-        if backend.rule is None:
-            continue
-        requirement = backend.requirement(q, k, v, M, chunk_size, dtype)
+    for backend, offered, requirement in offers:
         for platform in backend.platforms:
             if requirement:
                 refused.append(f"on {platform} not {backend.name}, which needs {requirement}")
             elif platform not in rules:
-                rules[platform] = backend.rule
+                rules[platform] = offered
                 chosen.append(f"{backend.name} on {platform}")
-    _log_once("interdomain_attention: backend='auto' takes " + "; ".join([*chosen, f"{default} else", *refused]))
-    return _switch(rules, rule)
+    _log_once(f"{op}: backend='auto' takes " + "; ".join([*chosen, f"{default} else", *refused]))
+
+    def choose(i: int) -> Callable[..., Any]:
+        functions = {platform: offered[i] for platform, offered in rules.items()}
+        return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=rule[i])
+
+    return (choose(0), choose(1)) if rules else rule
 
 
 @functools.cache
 def _log_once(message: str) -> None:
     logging.info(message)
-
-
-def _switch(rules: dict[str, Rule], default: Rule) -> Rule:
-    """The rule of the platform that is compiled for, or the default."""
-
-    def choose(i: int) -> Callable[..., Any]:
-        functions = {platform: rule[i] for platform, rule in rules.items()}
-        return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=default[i])
-
-    return (choose(0), choose(1)) if rules else default
 
 
 def _advance(z: jax.Array, basis: Basis, state: jax.Array) -> jax.Array:

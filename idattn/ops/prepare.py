@@ -59,12 +59,12 @@ class Rule(NamedTuple):
 
     Attributes:
       forward: (preparation, inputs) -> y (B, T, C).
-      backward: (preparation, inputs, d_y) -> the cotangents of the first six inputs.
+      backward: (preparation, inputs, d_y) -> the cotangents of the inputs, None for `rotary` and `positions`.
       requirement: (inputs, preparation) -> what it would need of them, or None if it has all.
     """
 
     forward: Callable[..., jax.Array]
-    backward: Callable[..., tuple[jax.Array | None, ...]]
+    backward: Callable[..., HeadInputs]
     requirement: Callable[[HeadInputs, Preparation], str | None] = lambda inputs, preparation: None
 
 
@@ -106,14 +106,18 @@ def rms_normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
 
 
+def with_tail(x: jax.Array, tail: jax.Array | None, width: int) -> jax.Array:
+    """x (B, T, C) after the width - 1 inputs that a convolution of `width` taps needs of the tokens before."""
+    tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if tail is None else tail.astype(x.dtype)
+    return jnp.concatenate([tail, x], axis=1)
+
+
 def short_convolution(
     x: jax.Array, taps: jax.Array, bias: jax.Array, tail: jax.Array | None, positions: jax.Array | None
 ) -> jax.Array:
     """A causal depthwise convolution of x (B, T, C); arguments as in `HeadInputs`."""
     T, before = x.shape[1], taps.shape[0] - 1
-    padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
-    if tail is not None:
-        padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    padded = with_tail(x, tail, taps.shape[0])
     y = bias.astype(x.dtype)[None, None] + x * taps[None, None, before].astype(x.dtype)
     for back in range(1, before + 1):  # a constant few shifted sums, which XLA fuses into one pass
         shifted = padded[:, before - back : before - back + T]
@@ -130,12 +134,12 @@ def compose(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
         assert inputs.conv_bias is not None, "taps come with a bias"
         x = short_convolution(x, inputs.taps, inputs.conv_bias, inputs.tail, inputs.positions)
     x = x.reshape(*x.shape[:2], -1, preparation.width)
-    if inputs.rotary is not None and (preparation.rotate_first or not preparation.activate):
+    if inputs.rotary is not None and preparation.rotate_first:
         x = rotate(x, inputs.rotary)
     if preparation.activate:
         x = feature_map(x)
-        if inputs.rotary is not None and not preparation.rotate_first:
-            x = rotate(x, inputs.rotary)
+    if inputs.rotary is not None and not preparation.rotate_first:
+        x = rotate(x, inputs.rotary)
     if inputs.scale is not None:
         assert inputs.bias is not None, "a scale comes with a bias"
         x = rms_normalise(x, inputs.scale, preparation.eps)
@@ -143,11 +147,11 @@ def compose(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
     return x.reshape(inputs.x.shape).astype(inputs.x.dtype)
 
 
-def _backward(preparation: Preparation, inputs: HeadInputs, d_y: jax.Array) -> tuple[jax.Array | None, ...]:
-    def forward(*arrays):
-        return compose(preparation, HeadInputs(*arrays, rotary=inputs.rotary, positions=inputs.positions))
+def _backward(preparation: Preparation, inputs: HeadInputs, d_y: jax.Array) -> HeadInputs:
+    def forward(arrays: HeadInputs):
+        return compose(preparation, arrays._replace(rotary=inputs.rotary, positions=inputs.positions))
 
-    return jax.vjp(forward, *inputs[:6])[1](d_y)
+    return jax.vjp(forward, inputs._replace(rotary=None, positions=None))[1](d_y)[0]
 
 
 COMPOSED = Rule(compose, _backward)
@@ -164,7 +168,7 @@ def _prepare_forward(inputs: HeadInputs, forward: Callable[..., Any], backward: 
 
 
 def _prepare_backward(forward: Callable[..., Any], backward: Callable[..., Any], inputs: HeadInputs, d_y: jax.Array):
-    return (HeadInputs(*backward(inputs, d_y)),)
+    return (backward(inputs, d_y),)
 
 
 prepare.defvjp(_prepare_forward, _prepare_backward)

@@ -25,6 +25,11 @@ EDGE = 8  # of them, the rows that a convolution may reach
 MAX_LANES = 1024  # of a block
 
 
+def _tile_lanes(width: int) -> int:
+    """Lanes of whole heads that are whole registers too."""
+    return math.lcm(width, LANES)
+
+
 class Plan(NamedTuple):
     """The sizes of a kernel, and what it does."""
 
@@ -35,7 +40,6 @@ class Plan(NamedTuple):
     norm: tuple[float, float] | None  # heads over sqrt(norm[0] S + norm[1]), S the sum of their squares
     affine: bool  # times a scale, plus a bias
     parts: int  # bfloat16 parts of what is summed over a head
-    tokens: int
     lanes: int
     has_documents: bool
 
@@ -47,7 +51,7 @@ class Plan(NamedTuple):
 
     @property
     def tile_lanes(self) -> int:
-        return math.lcm(self.width, LANES)
+        return _tile_lanes(self.width)
 
     @property
     def tiles(self):
@@ -89,7 +93,7 @@ def _columns(row):
 
 def _where_seen(positions, s: int, x):
     """x (n, L), 0 where a token at `positions` (n, LANES) does not see the one s before; all where it is None."""
-    if positions is None or s == 0:
+    if positions is None:
         return x
     return jnp.where(jnp.concatenate([positions] * (x.shape[1] // LANES), axis=1) >= s, x, 0.0)
 
@@ -142,7 +146,7 @@ def _forward(plan: Plan, shared: _Shared, refs, first, lanes):
         rows[EDGE:, lanes] = x
         shifted = [x]
         for s in range(1, plan.taps):
-            earlier = rows[EDGE - s : EDGE - s + plan.tokens, lanes]
+            earlier = rows[EDGE - s : EDGE - s + TOKENS, lanes]
             shifted.append(_where_seen(shared.positions, s, earlier))
         x = params["conv_bias"]
         for s, z in enumerate(shifted):
@@ -188,7 +192,7 @@ def _sum_rows(x):
 def backward_kernel(_, *refs, plan: Plan):
     names = ("x", "before", "tail", "params", "rotary", "positions", "d_y", "d_x", "d_params", "d_tail")
     refs = _split_refs(plan, refs, (*names, "rows", "rows_d", "kept_positions"))
-    step, n = pl.program_id(2), plan.tokens
+    step, n = pl.program_id(2), TOKENS
     first = step == pl.num_programs(2) - 1  # of the sequence: the blocks come from the last to the first
     positions = None
 
@@ -253,14 +257,14 @@ def _call(x, tail, params, rotary, positions, d_y=None, *, plan: Plan, interpret
     """y (B, T, C), or with `d_y` the cotangents d_x, d_params (B, 8 rows each, C), d_tail (B, EDGE, C).
 
     Args:
-      x: (B, T, C), T a multiple of `plan.tokens`.
+      x: (B, T, C), T a multiple of TOKENS.
       tail: (B, HALO, C), the last rows are those before token 0; None without a convolution.
       params: (rows, C) float32.
       rotary: (B, T, 2 width) float32.
       positions: (B, T) int32.
     """
     B, T, C = x.shape
-    N, n, lanes = T // plan.tokens, plan.tokens, plan.lanes
+    N, n, lanes = T // TOKENS, TOKENS, plan.lanes
     backward = d_y is not None
 
     def at(i):
@@ -309,14 +313,14 @@ def _plan(inputs: HeadInputs, preparation: Preparation) -> Plan:
     x, width = inputs.x, preparation.width
     rotate = "none"
     if inputs.rotary is not None:
-        rotate = "before" if preparation.rotate_first or not preparation.activate else "after"
+        rotate = "before" if preparation.rotate_first else "after"
     # Of sums S of squares: xi multiplies by 1 / sqrt(S + f); RMSNorm after it by 1 / sqrt(S / (S + f) / width + eps);
     # a rotation changes no sum.
     floor, eps = FLOOR, preparation.eps
     norm = (1 / width, eps) if inputs.scale is not None else None
     if preparation.activate:
         norm = (1.0, floor) if norm is None else (1 / width + eps, eps * floor)
-    tile = math.lcm(width, LANES)
+    tile = _tile_lanes(width)
     lanes = next((n for n in range(MAX_LANES // tile * tile, 0, -tile) if x.shape[2] % n == 0), tile)
     return Plan(
         width=width,
@@ -326,7 +330,6 @@ def _plan(inputs: HeadInputs, preparation: Preparation) -> Plan:
         norm=norm,
         affine=inputs.scale is not None,
         parts=2 if x.dtype == jnp.bfloat16 else 3,
-        tokens=TOKENS,
         lanes=lanes,
         has_documents=inputs.positions is not None,
     )
@@ -335,7 +338,7 @@ def _plan(inputs: HeadInputs, preparation: Preparation) -> Plan:
 def _arguments(inputs: HeadInputs, plan: Plan) -> dict[str, Any]:
     """The arrays as the kernels take them, T padded to whole blocks."""
     x = inputs.x
-    pad = ((0, 0), (0, -x.shape[1] % plan.tokens))
+    pad = ((0, 0), (0, -x.shape[1] % TOKENS))
     tail = None
     if plan.taps:
         tail = jnp.zeros((x.shape[0], 0, x.shape[2]), x.dtype) if inputs.tail is None else inputs.tail.astype(x.dtype)
@@ -361,26 +364,22 @@ def forward(preparation: Preparation, inputs: HeadInputs, *, interpret: Any = Fa
     return y[:, : inputs.x.shape[1]]
 
 
-def backward(
-    preparation: Preparation, inputs: HeadInputs, d_y: jax.Array, *, interpret: Any = False
-) -> tuple[jax.Array | None, ...]:
+def backward(preparation: Preparation, inputs: HeadInputs, d_y: jax.Array, *, interpret: Any = False) -> HeadInputs:
     """See `idattn.ops.prepare.Rule`."""
     plan, (B, T, C) = _plan(inputs, preparation), inputs.x.shape
-    d_y = jnp.pad(d_y, ((0, 0), (0, -T % plan.tokens), (0, 0)))
+    d_y = jnp.pad(d_y, ((0, 0), (0, -T % TOKENS), (0, 0)))
     d_x, *others = _call(**_arguments(inputs, plan), d_y=d_y, plan=plan, interpret=interpret)
-    cotangents = {"x": d_x[:, :T]}
+    d_inputs = HeadInputs(d_x[:, :T])
     if plan.names:
         rows = others.pop(0).reshape(B, len(plan.names), 8, C).sum((0, 2))
         if plan.taps:
-            cotangents |= {"taps": rows[: plan.taps], "conv_bias": rows[plan.taps]}
+            d_inputs = d_inputs._replace(taps=rows[: plan.taps], conv_bias=rows[plan.taps])
         if plan.affine:
-            cotangents |= {"scale": rows[-2].reshape(-1, plan.width).sum(0), "bias": rows[-1]}
+            d_inputs = d_inputs._replace(scale=rows[-2].reshape(-1, plan.width).sum(0), bias=rows[-1])
     if inputs.tail is not None:
-        cotangents["tail"] = others.pop()[:, EDGE - inputs.tail.shape[1] :]
-    return tuple(
-        None if x is None else cotangents[name].astype(x.dtype)
-        for name, x in zip(HeadInputs._fields[:6], inputs[:6], strict=True)
-    )
+        d_inputs = d_inputs._replace(tail=others.pop()[:, EDGE - inputs.tail.shape[1] :])
+    differentiable = inputs._replace(rotary=None, positions=None)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), d_inputs, differentiable)
 
 
 def requirement(inputs: HeadInputs, preparation: Preparation) -> str | None:
@@ -390,7 +389,7 @@ def requirement(inputs: HeadInputs, preparation: Preparation) -> str | None:
         return f"bfloat16 or float32, not {x.dtype}"
     if not isinstance(x.shape[1], int) or x.shape[1] < HALO:
         return f"at least {HALO} tokens, not {x.shape[1]}"
-    if x.shape[2] % (tile := math.lcm(preparation.width, LANES)):
+    if x.shape[2] % (tile := _tile_lanes(preparation.width)):
         return f"a multiple of {tile} channels for heads of {preparation.width}, not {x.shape[2]}"
     if taps is not None and taps.shape[0] > EDGE + 1:
         return f"a convolution of at most {EDGE + 1} taps, not {taps.shape[0]}"

@@ -62,11 +62,11 @@ def compile_preparation(topology, shape, dtype, B=2, T=300):
     )
 
     def gradients(inputs, d_y):
-        def forward(*differentiable):
-            arrays = HeadInputs(*differentiable, inputs.rotary, inputs.positions)
+        def forward(arrays):
+            arrays = arrays._replace(rotary=inputs.rotary, positions=inputs.positions)
             return prepare_heads(arrays, Preparation(R, activate=True, eps=1e-6))
 
-        return jax.vjp(forward, *inputs[:6])[1](d_y)
+        return jax.vjp(forward, inputs._replace(rotary=None, positions=None))[1](d_y)
 
     return compile_for(topology, gradients, inputs, inputs.x).as_text()
 

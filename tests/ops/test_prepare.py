@@ -17,7 +17,6 @@ EPS = 0.1
 # Interpreted, with NaN wherever the kernels have not written.
 KERNELS = pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan"))
 RULES = {"composed": "chunkwise", "kernels": KERNELS}
-DIFFERENTIABLE = HeadInputs._fields[:6]
 # name -> B, T, width, channels, taps, documents, tail, activate, rotate_first (None: no rotation), norm
 CASES = {
     "key": (2, 150, 64, 256, 4, True, True, True, True, True),  # blocks of tokens, tiles of heads, a ragged end
@@ -75,11 +74,11 @@ def oracle(arrays, positions, ids, rotated, done):
         z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
         return jnp.concatenate([z.real, z.imag], axis=-1)
 
-    x = rotate(x) if rotated and (done.rotate_first or not done.activate) else x
+    x = rotate(x) if rotated and done.rotate_first else x
     if done.activate:
         x = x / (1 + jnp.exp(-x))
         x = x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
-        x = rotate(x) if rotated and not done.rotate_first else x
+    x = rotate(x) if rotated and not done.rotate_first else x
     if arrays["scale"] is not None:
         x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + done.eps)
         x = x * arrays["scale"][None, None, None] + arrays["bias"].reshape(1, 1, -1, done.width)
