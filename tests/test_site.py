@@ -1,5 +1,6 @@
-"""The built pages: they load nothing from the network, and their formulas are MathML."""
+"""The built pages: they load nothing from the network, their formulas are MathML, and the search knows them all."""
 
+import json
 import re
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_pages_load_files_of_the_site(site):
         assert "@import" not in file.read_text()
     files = [(site if address[0] == "/" else file.parent) / address.lstrip("/") for file, address in loaded]
     assert len(files) > 100 and [file for file in files if not file.is_file()] == []
+
+
+def test_search(site):
+    documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    locations = {document["location"] for document in documents}
+    pages = {source.with_suffix(".html").name for source in SOURCES}
+    assert pages == {location.partition("#")[0] or "index.html" for location in locations}
+    assert "api.html#idattn.nn.InterdomainAttention" in locations
+
+
+def test_code_is_highlighted(site):
+    """When the site is built: no script does it in the browser."""
+    assert '<span class="kn">import</span>' in (site / "index.html").read_text()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
