@@ -69,6 +69,13 @@ def test_names(page):
         assert f"\ndef {name}(" in (ROOT / file).read_text(), name
 
 
+def test_equations():
+    """Every numbered equation of the paper's two layers has a function that computes it, and a test."""
+    row = re.compile(r"^\| (\d+)(?:-(\d+))?, [^|]+\| [^|]*`idattn\.[^|]+\| `tests/.+::.+\|$", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "paper.md").read_text())
+    assert [n for first, last in rows for n in range(int(first), int(last or first) + 1)] == list(range(3, 14))
+
+
 def test_names_in_comments():
     """Names of the package that its comments and docstrings write as code are there."""
     files = [file for folder in ("idattn", "configs", "launch", "tests") for file in (ROOT / folder).rglob("*.py")]
