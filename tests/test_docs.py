@@ -76,6 +76,17 @@ def test_equations():
     assert [n for first, last in rows for n in range(int(first), int(last or first) + 1)] == list(range(3, 14))
 
 
+def test_figures():
+    """Every figure in docs has its section, with the command that writes it."""
+    sections = (ROOT / "docs" / "figures.md").read_text().split("\n## ")[1:]
+    figures = []
+    for section in sections:
+        (figure,) = re.findall(r"!\[.+\]\((\w+)\.png\)\]\(\1\.png\)", section)
+        assert re.search(rf"```bash\nidattn .*--out=docs/{figure}\b", section), figure
+        figures.append(f"{figure}.png")
+    assert sorted(figures) == sorted(file.name for file in (ROOT / "docs").glob("*.png"))
+
+
 def test_names_in_comments():
     """Names of the package that its comments and docstrings write as code are there."""
     files = [file for folder in ("idattn", "configs", "launch", "tests") for file in (ROOT / folder).rglob("*.py")]
