@@ -61,6 +61,11 @@ def test_search(site):
     assert "api.html#idattn.nn.InterdomainAttention" in locations
 
 
+def test_api_reference_opens_with_the_layer(site):
+    headings = re.findall(r'<h3 id="([\w.]+)"', (site / "api.html").read_text())
+    assert headings[:2] == ["idattn.nn.InterdomainAttention", "idattn.ops"]
+
+
 def test_code_is_highlighted(site):
     """When the site is built: no script does it in the browser."""
     assert '<span class="kn">import</span>' in (site / "index.html").read_text()
