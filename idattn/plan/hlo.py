@@ -56,7 +56,8 @@ def kernel_call(x: Instruction) -> tuple[str, tuple[str, ...]] | None:
     if 'custom_call_target="tpu_custom_call"' not in x.line:
         return None
     shapes = _find(r"operand_layout_constraints=\{(.*?\})\}", x.line)
-    return re.sub(r"\.\d+$", "", x.name), tuple(re.findall(r"\w+\[[\d,]*\]", shapes))
+    # After the kernel's name come a number and, in newer compilers, the operands that are fetched ahead: .10.refs_2_
+    return x.name.partition(".")[0], tuple(re.findall(r"\w+\[[\d,]*\]", shapes))
 
 
 def branches(conditional: Instruction) -> list[str]:

@@ -52,6 +52,8 @@ def test_a_call_in_hlo_is_that_of_its_kernel():
     (kernel,) = find_kernels(jax.make_jaxpr(blocked_product)(x, y).jaxpr)
     (call,) = parse(f"ENTRY %main () -> f32[] {{\n{line}\n}}")["ENTRY"].values()
     assert kernel_call(call) == (kernel.name, kernel.operands)
+    newer = call._replace(name="blocked_product.7.refs_1_.refs_2_")
+    assert kernel_call(newer) == (kernel.name, kernel.operands)
     assert kernel_call(call._replace(line=line.replace("tpu_custom_call", "AllocateBuffer"))) is None
 
 
