@@ -1,5 +1,9 @@
 """What the op is compiled to: numbers of optimised programs at the size of real chunks, and shapes that occur."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +92,17 @@ def test_a_diagonal_c_has_no_table_of_all_pairs_of_modes(function, c):
     shapes = {x.aval.shape for e in equations(jax.make_jaxpr(outputs)(case).jaxpr) for x in e.outvars}
     pairs = [shape for shape in shapes if sum(size in (11, 22) for size in shape) > 1]
     assert bool(pairs) == (c == "full"), pairs
+
+
+def test_sums_of_products_are_right_on_cpus():
+    """What some versions of jaxlib get wrong where the package does not set a flag (jax-ml/jax#39103)."""
+    program = """
+import idattn
+import jax, jax.numpy as jnp
+x = jnp.zeros((32769, 3)).at[:, 0].set(jnp.arange(32769.0))
+f = lambda x: jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(x)
+print(float(jax.jit(f)(x)[-1]))
+"""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert float(result.stdout) == 32768.0**2, result.stderr
