@@ -10,9 +10,10 @@ The functions under the layer are in `idattn.ops`, and training is in `idattn.tr
 """
 
 import importlib
-import importlib.metadata
 import os
 from typing import TYPE_CHECKING, Any
+
+from jaxlib.version import __version__ as _JAXLIB
 
 if TYPE_CHECKING:
     from idattn.config import Config
@@ -35,7 +36,7 @@ _MODULES = {
 # Programs for CPUs of these versions compute some sums of products wrongly, without a word (jax-ml/jax#39103). XLA
 # reads its flags at its first program.
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-if importlib.metadata.version("jaxlib") in ("0.10.2", "0.11.0") and _YNN_FLAG not in os.environ.get("XLA_FLAGS", ""):
+if _JAXLIB in ("0.10.2", "0.11.0") and _YNN_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN_FLAG}=".strip()
 
 

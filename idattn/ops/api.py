@@ -119,9 +119,7 @@ def interdomain_attention(
         rule = chosen.rule
         if backend == AUTO:
             offers = [
-                (x, x.rule, x.requirement(q, k, v, M, size, dtype))
-                for x in BACKENDS.values()
-                if x.rule is not None and x.platforms
+                (x, x.rule, x.requirement(q, k, v, M, size, dtype)) for x in BACKENDS.values() if x.rule is not None
             ]
             rule = _by_platform("interdomain_attention", offers, chosen.name, rule)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
@@ -315,7 +313,7 @@ def prepare_heads(
         offers = [
             (x, bind(x.prepare), x.prepare.requirement(inputs, preparation))
             for x in BACKENDS.values()
-            if x.prepare is not None and x.platforms
+            if x.prepare is not None
         ]
         rule = _by_platform("prepare_heads", offers, "array operations", rule)
     elif chosen.prepare is not None and not chosen.prepare.requirement(inputs, preparation):

@@ -89,7 +89,8 @@ def readout_cotangent(table: jax.Array, d_w: jax.Array, y: jax.Array, dtype: jnp
 def merge_axes(x: jax.Array, start: int, stop: int) -> jax.Array:
     """The axes from `start` up to `stop` as one, for sums over products of at most six axes.
 
-    Programs for CPUs compute those of seven or more wrongly, or crash, from jaxlib 0.10.2 on (jax-ml/jax#39257).
+    Programs for CPUs compute those of seven or more wrongly, or crash, with jaxlib 0.10.2 and 0.11.0
+    (jax-ml/jax#39257), where JAX has run before the package could set its flag.
     """
     return x.reshape(*x.shape[:start], -1, *x.shape[stop:])
 
@@ -200,6 +201,7 @@ def final_state(
     B, K = last.shape[0], tables.lags.shape[1]
     first, offset = jnp.maximum(last, 0) // K * K, jnp.maximum(last, 0) % K
     chunk = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=K))
+    # Heads side by side, as on TPUs: a slice of (..., G, width) lays all tokens out anew, at 1.5 times the cycles.
     z = [chunk(x.reshape(*x.shape[:2], -1), first).reshape(B, K, *x.shape[2:]) for x in inputs]
     z = jnp.concatenate(z, axis=-1)  # (B, K, G, W)
     lag = offset[:, None] - jnp.arange(K)[None]  # from each token of the chunk to the last one, (B, K)
