@@ -1,5 +1,7 @@
 """Next-token cross-entropy without the logits of a whole batch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood of the targets, and how many count.
 
-    Logits exist for `chunk` tokens at a time, in the forward and in the backward pass; softmax is in float32.
+    Logits exist for `chunk` tokens at a time, once: the gradients are computed with them, in the forward pass. Softmax
+    is in float32.
 
     Args:
       hidden: (B, T, D) last hidden vectors; products are computed in their dtype.
@@ -41,31 +44,69 @@ def cross_entropy(
 
 def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) -> jax.Array:
     """The sum over a device's tokens, (1, 1); its part of the vocabulary is one of those along the mesh axes `axes`."""
-    D = hidden.shape[-1]
     count = targets.size
     chunk = min(chunk, count)
-    begin = jax.lax.axis_index(axes) * head.shape[1] if axes else 0
 
     def split(x):
         x = x.reshape(count, *x.shape[2:])
         return jnp.pad(x, ((0, -count % chunk), *[(0, 0)] * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
 
-    def sum_parts(x):
-        return jax.lax.psum(x, axes) if axes else x
+    hidden = split(hidden.reshape(*targets.shape, -1))
+    return _sum(hidden, head, split(targets), split(mask), axes)[None, None]
 
-    @jax.checkpoint
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sum(hidden, head, targets, mask, axes):
+    """The sum over chunks of tokens: (chunks, n, D), (D, V), (chunks, n), (chunks, n) -> ()."""
+
     def add(total, tokens):
         x, target, weight = tokens
-        # Cast inside, so that the head's gradient is summed over chunks in float32.
-        logits = einsum_f32("nd,dv->nv", x, head, x.dtype)
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-        top = jax.lax.pmax(top, axes) if axes else top
-        normaliser = top + jnp.log(sum_parts(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
-        index = target - begin
-        is_here = (index >= 0) & (index < head.shape[1])
-        target_logit = jnp.take_along_axis(logits, jnp.clip(index, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
-        target_logit = sum_parts(jnp.where(is_here, target_logit, 0))
-        return total + jnp.sum(weight * (normaliser - target_logit)), None
+        return total + jnp.sum(weight * _losses(x, head, target, axes)[0]), None
 
-    tokens = (split(hidden.reshape(*targets.shape, D)), split(targets), split(mask))
-    return jax.lax.scan(add, jnp.zeros((), mask.dtype), tokens)[0][None, None]
+    return jax.lax.scan(add, jnp.zeros((), mask.dtype), (hidden, targets, mask))[0]
+
+
+def _sum_forward(hidden, head, targets, mask, axes):
+    """The sum, and its gradients: a chunk's logits are used for both, not computed a second time."""
+
+    def add(carry, tokens):
+        (total, d_head), (x, target, weight) = carry, tokens
+        loss, logits, normaliser, index = _losses(x, head, target, axes)
+        d_logits = weight[:, None] * (
+            jnp.exp(logits - normaliser[:, None]) - (index[:, None] == jnp.arange(head.shape[1])[None])
+        )
+        d_x = einsum_f32("nv,dv->nd", d_logits, head, x.dtype).astype(x.dtype)
+        # Summed over chunks in float32.
+        d_head += einsum_f32("nd,nv->dv", x, d_logits, x.dtype)
+        return (total + jnp.sum(weight * loss), d_head), (d_x, loss)
+
+    start = jnp.zeros((), mask.dtype), jnp.zeros(head.shape, mask.dtype)
+    (total, d_head), (d_hidden, losses) = jax.lax.scan(add, start, (hidden, targets, mask))
+    return total, (d_hidden, d_head.astype(head.dtype), losses)
+
+
+def _sum_backward(axes, gradients, g):
+    d_hidden, d_head, losses = gradients
+    # The transpose of `on_shards` gives every part of the vocabulary its share of g, and sums what they return for
+    # arrays of which they hold copies.
+    whole = jax.lax.psum(g, axes) if axes else g
+    return (d_hidden * whole).astype(d_hidden.dtype), (d_head * whole).astype(d_head.dtype), None, losses * g
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _losses(x, head, target, axes):
+    """Of n tokens: their losses, their logits (n, V) here, the logarithms that normalise them, the targets' index."""
+
+    def sum_parts(y):
+        return jax.lax.psum(y, axes) if axes else y
+
+    logits = einsum_f32("nd,dv->nv", x, head, x.dtype)
+    top = jnp.max(logits, axis=-1)
+    top = jax.lax.pmax(top, axes) if axes else top
+    normaliser = top + jnp.log(sum_parts(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)))
+    index = target - (jax.lax.axis_index(axes) * head.shape[1] if axes else 0)
+    is_here = (index >= 0) & (index < head.shape[1])
+    target_logit = jnp.take_along_axis(logits, jnp.clip(index, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    return normaliser - sum_parts(jnp.where(is_here, target_logit, 0)), logits, normaliser, index

@@ -13,6 +13,7 @@ from support import helpers
 from idattn.ops import Basis, blockwise, interdomain_attention, step
 
 B, T, H, G, R, M = 2, 256, 4, 2, 16, 8
+AS_USERS = {"xla_cpu_use_fusion_emitters": True}
 
 
 def basis_of(case):
@@ -49,8 +50,8 @@ def example(c, M=M):
 def test_equals_the_recurrence(backend, c, optimised):
     case, g = example(c)
     segment_ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
-    expected = jax.jit(both("recurrent", segment_ids))(case, g)
-    actual = jax.jit(both(backend, segment_ids))(case, g)
+    expected = jax.jit(both("recurrent", segment_ids), compiler_options=AS_USERS)(case, g)
+    actual = jax.jit(both(backend, segment_ids), compiler_options=AS_USERS)(case, g)
     for name in expected:
         gradient = name != "outputs"
         helpers.assert_close(actual[name], expected[name], "float32", reduction=T * M, gradient=gradient, name=name)
