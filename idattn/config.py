@@ -142,6 +142,7 @@ class ComputeConfig:
     backend: str = "auto"  # of idattn.ops.interdomain_attention
     chunk_size: int = 128  # K, tokens in a chunk of the op
     remat: str = "none"  # what the backward pass recomputes, see REMAT
+    scan_layers: bool = True  # False: a step writes the layers out, not as a loop; faster on TPUs, longer to compile
     loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time
 
     def __post_init__(self):

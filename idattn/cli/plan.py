@@ -5,9 +5,9 @@ idattn plan --config=paper:1.3B,interdomain --topology=v5p:2x2x2 --config.mesh.f
 idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4 --compare=paper:1.3B,softmax
 
 The program is the one that `idattn train` would run, kernels included, compiled by the TPU's own compiler. Without a
-mesh in the config, mesh, rematerialisation and accumulation are searched: the plan is the first that fits, from the one
-that recomputes least to the one that recomputes most, and the flags to train by it are printed. The output describes
-the program, for each chip and step:
+mesh in the config, mesh, rematerialisation and accumulation are searched: from the plan that recomputes least to the
+one that recomputes most, each in as few parts as fit, until that is no longer predicted to be faster. The flags to
+train by the fastest are printed. The output describes the program, for each chip and step:
 
   memory       arguments by kind, and temporaries as the compiler allocated them, next to the chip's HBM
   collectives  bytes that a chip sends, by kind, from the compiled program, loops multiplied out (a ring's share: an
@@ -31,7 +31,7 @@ from idattn.config import MeshConfig, from_config_dict
 from idattn.config_files import load_config
 from idattn.files import resolve_path, write_atomic
 from idattn.plan.compiler import load_compiler, tpu_devices
-from idattn.plan.search import first_that_fits, plan_flags
+from idattn.plan.search import fastest_that_fits, plan_flags
 from idattn.plan.step import compare, compile_step, describe
 
 FLAGS = flags.FLAGS
@@ -54,7 +54,7 @@ def main(_):
     figures = {}
     for name, run in runs.items():
         if run.mesh == MeshConfig():
-            run, figures[name] = first_that_fits(run, FLAGS.topology, len(tpu_devices(FLAGS.topology)))
+            run, figures[name] = fastest_that_fits(run, FLAGS.topology, len(tpu_devices(FLAGS.topology)))
         else:
             figures[name] = compile_step(run, FLAGS.topology)
         print(describe(figures[name], run))

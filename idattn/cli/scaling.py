@@ -2,10 +2,9 @@
 
 idattn scaling --out=docs/scaling
 
-For each model, slice and context, the table has the first of these plans that fits: nothing recomputed, then dots,
-mixer, block, each in one pass over the batch, then in parts. A step has 524,288 tokens, or one row where that is
-longer. Every figure is from a train step that the TPU's compiler compiled (`idattn plan`), so a row takes a minute or
-more. Each row is added to OUT.json at once; rows that are there are not compiled again.
+For each model, slice and context, the table has the fastest plan that fits, as `idattn plan` searches it. A step has
+524,288 tokens, or one row where that is longer. Every figure is from a train step that the TPU's compiler compiled, so
+a row takes some minutes. Each row is added to OUT.json at once; rows that are there are not compiled again.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from idattn.config import from_config_dict
 from idattn.config_files import load_config
 from idattn.files import read_json, resolve_path, write_atomic, write_figure
 from idattn.plan.compiler import load_compiler
-from idattn.plan.search import first_that_fits
+from idattn.plan.search import fastest_that_fits
 
 FLAGS = flags.FLAGS
 STEP = 524_288  # tokens
@@ -59,14 +58,14 @@ def define_flags() -> None:
 
 
 def plan(scale: str, name: str, seq_len: int) -> dict[str, Any]:
-    """The figures of the first plan that fits, or of the last one that does not."""
+    """The figures of the fastest plan that fits, or of the last one that does not."""
     config = from_config_dict(load_config(f"paper:{scale},interdomain"))
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, seq_len=seq_len),
         train=dataclasses.replace(config.train, batch_size=max(1, STEP // seq_len)),
     )
-    planned, figures = first_that_fits(config, name, SLICES[name])
+    planned, figures = fastest_that_fits(config, name, SLICES[name])
     how = {"remat": planned.compute.remat, "accumulation": planned.train.accumulation}
     return {"scale": scale, "slice": name, "context": seq_len} | how | figures
 

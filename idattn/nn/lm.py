@@ -129,11 +129,14 @@ class LanguageModel(nnx.Module):
                 memories = [memory.put(layer, new) for memory, new in zip(memories, changed, strict=True)]
             return (x, memories), None
 
-        if self.compute.remat != "none":
-            apply = jax.checkpoint(apply, prevent_cse=False, policy=_POLICIES[self.compute.remat])
-        # Memories are the scan's carry rather than its inputs, so that every layer changes its part in place.
         memories = None if state is None else state.memories
-        (x, memories), _ = jax.lax.scan(apply, (x, memories), (params, jnp.arange(self.repeats)))
+        # A loop stacks what its backward pass needs, copy by copy; layers that are written out need not.
+        unroll = memories is None and not self.compute.scan_layers
+        if self.compute.remat != "none":
+            # Without a loop between them, the compiler would recognise what is recomputed, and keep it.
+            apply = jax.checkpoint(apply, prevent_cse=unroll, policy=_POLICIES[self.compute.remat])
+        # Memories are the scan's carry rather than its inputs, so that every layer changes its part in place.
+        (x, memories), _ = jax.lax.scan(apply, (x, memories), (params, jnp.arange(self.repeats)), unroll=unroll)
         return self.final_norm(x), None if memories is None else ModelState(memories, end)
 
     def __call__(

@@ -1,18 +1,18 @@
-"""The first plan of a run that fits a TPU slice: mesh, what is recomputed, and in how many parts a batch is taken."""
+"""The fastest plan of a run that fits a TPU slice: mesh, what is recomputed, and in how many parts a batch is taken."""
 
 import dataclasses
 import math
 from typing import Any
 
-from idattn.config import Config, MeshConfig
+from idattn.config import REMAT, Config, MeshConfig
 from idattn.plan.step import compile_step
 
 
-def first_that_fits(config: Config, topology: str, chips: int) -> tuple[Config, dict[str, Any]]:
-    """A run's config with the first plan that fits, or the last one that does not, and its figures.
+def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config, dict[str, Any]]:
+    """A run's config with the plan that is predicted to be fastest, or the last one where none fits, and its figures.
 
-    Rows are split before tokens are: `fsdp` over as many chips as divide the rows, `sequence` over the rest. Plans are
-    tried from the one that recomputes least to the one that recomputes most, each in ever more parts.
+    Rows are split before tokens are: `fsdp` over as many chips as divide the rows, `sequence` over the rest. From what
+    recomputes least to what recomputes most, a batch is taken in as few parts as fit, until that is no longer faster.
 
     Args:
       config: of the run; its mesh, `compute.remat` and `train.accumulation` are replaced.
@@ -24,22 +24,37 @@ def first_that_fits(config: Config, topology: str, chips: int) -> tuple[Config, 
     """
     rows = config.train.batch_size
     fsdp = math.gcd(rows, chips)
-    mesh = MeshConfig(data=1, fsdp=fsdp, sequence=chips // fsdp)
-    for remat in ("none", "dots", "mixer", "block"):
-        parts = 1
-        while rows // fsdp % parts == 0:
-            planned = dataclasses.replace(
-                config,
-                train=dataclasses.replace(config.train, accumulation=parts),
-                compute=dataclasses.replace(config.compute, remat=remat),
-                mesh=mesh,
-            )
-            figures = compile_step(planned, topology)
-            if figures["fits"]:
-                return planned, figures
-            # What a part needs is at best in proportion to its rows.
-            parts *= 2 ** max(1, math.ceil(math.log2(figures["needed_gib"] / figures["usable_gib"])))
-    return planned, figures
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=fsdp, sequence=chips // fsdp))
+    best = None
+    for remat in REMAT:
+        plan = _fewest_parts(
+            dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat)),
+            topology,
+            rows // fsdp,
+        )
+        if best is not None and not (plan[1]["fits"] and _seconds(plan) < _seconds(best)):
+            return best
+        if plan[1]["fits"]:
+            best = plan
+    return best or plan
+
+
+def _fewest_parts(config: Config, topology: str, rows: int) -> tuple[Config, dict[str, Any]]:
+    """The plan that takes the `rows` of a chip in as few parts as fit, or the last one that does not fit."""
+    parts = 1
+    while True:
+        planned = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=parts))
+        figures = compile_step(planned, topology)
+        if figures["fits"]:
+            return planned, figures
+        # What a part needs is at best in proportion to its rows.
+        parts *= 2 ** max(1, math.ceil(math.log2(figures["needed_gib"] / figures["usable_gib"])))
+        if rows % parts:
+            return planned, figures
+
+
+def _seconds(plan: tuple[Config, dict[str, Any]]) -> float:
+    return plan[1]["predicted"]["seconds"]
 
 
 def plan_flags(config: Config) -> str:

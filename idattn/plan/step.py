@@ -128,7 +128,7 @@ def _times(config: Config, mesh: dict[str, int], chip: Chip) -> dict[str, Any]:
     forward = forward_flops_per_token(model, config.data.seq_len) - 2 * model.model_dim * model.vocab_size
     again = {"none": 0.0, "dots": 0.0, "mixer": forward, "block": forward}[compute.remat]  # of the blocks
     flops = training_flops_per_token(model, config.data.seq_len) * tokens / chips
-    recomputed = (again + 2 * model.model_dim * model.vocab_size) * tokens / chips  # logits always are
+    recomputed = again * tokens / chips
     # Every product reads and writes its activations about once a pass, a layer's weights once a pass and part.
     passes = 3 if again == 0 else 4
     parameters = count_parameters(model)["total"]
