@@ -56,7 +56,7 @@ def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) ->
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sum(hidden, head, targets, mask, axes):
+def _sum(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum over chunks of tokens: (chunks, n, D), (D, V), (chunks, n), (chunks, n) -> ()."""
 
     def add(total, tokens):
