@@ -52,7 +52,7 @@ def _total(hidden, head, targets, mask, *, axes: tuple[str, ...], chunk: int) ->
         return jnp.pad(x, ((0, -count % chunk), *[(0, 0)] * (x.ndim - 1))).reshape(-1, chunk, *x.shape[1:])
 
     hidden = split(hidden.reshape(*targets.shape, -1))
-    return _sum(hidden, head, split(targets), split(mask), axes)[None, None]
+    return jnp.reshape(_sum(hidden, head, split(targets), split(mask), axes), (1, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
