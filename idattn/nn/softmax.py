@@ -13,9 +13,9 @@ from idattn.nn.documents import Documents
 from idattn.nn.layers import Linear
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.ssm import check_rope
-from idattn.ops import softmax_attention
+from idattn.ops import prepare_heads, softmax_attention
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.prepare import rotate
+from idattn.ops.prepare import HeadInputs, Preparation
 from idattn.ops.segments import PADDING
 from idattn.ops.softmax import sharded_softmax_attention
 from idattn.sharding import is_split, on_shards, spec
@@ -101,7 +101,7 @@ class SoftmaxAttention(Mixer):
 
     def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
         D = config.model_dim
-        self.config = config
+        self.config, self.backend = config, compute.backend
         self.query = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
         self.key = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
         self.value = Linear(D, D, ("D", "H"), std=config.init_std, rngs=rngs)
@@ -120,9 +120,14 @@ class SoftmaxAttention(Mixer):
     def _attend(self, projected, documents: Documents, memory):
         """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
         B, T, _ = projected[0].shape
-        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in projected)
-        assert documents.rotary is not None, "heads have pairs of channels, see `check`"
-        q, k = rotate(q, documents.rotary), rotate(k, documents.rotary)
+        q, k, v = projected
+        q, k = (
+            prepare_heads(
+                HeadInputs(y, rotary=documents.rotary), Preparation(self.config.head_dim), backend=self.backend
+            )
+            for y in (q, k)
+        )
+        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in (q, k, v))
         if memory is None and is_split("T"):
             o = sharded_softmax_attention(q, k, v, documents.positions, "sequence")
         elif memory is None:

@@ -214,8 +214,9 @@ def collectives(module: Module, computation: str, x: Instruction) -> list[Collec
         return [c for y in module[inside].values() for c in collectives(module, inside, y)]
     if not (match := _COLLECTIVE.match(x.kind)):
         return []
-    channel = re.search(r"channel_id=(\d+)", x.line)
-    key = channel[1] if channel and channel[1] != "1" else (computation, x.name)
+    # The parts of an exchange have one chain, or else one channel, of which 1 is that of many exchanges.
+    found = re.search(r'chain_id="\d+', x.line) or re.search(r"channel_id=(?!1\b)\d+", x.line)
+    key = found[0] if found else (computation, x.name)
     if computation.startswith("all-reduce-scatter"):  # a fusion that retains only its shard of a sum
         return [Collective("reduce-scatter", key, _sent(match[1], x) / 2)]
     return [Collective(match[1], key, _sent(match[1], x))]
