@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
     tokens: jax.Array  # (B, K, G, W), [k, v] as they came; zeros where none has come yet
     decays: jax.Array  # (K + 1, G, 2, M), lambda^l
-    lags: jax.Array  # (2K, G, 2, M), beta lambda^l for l = K - 1 ... 0, then zeros for tokens that have not come
+    lags: jax.Array  # (2K, G, 2M), beta lambda^l for l = K - 1 ... 0, then zeros for tokens that have not come
     count: jax.Array  # () int32, tokens so far
 
 
@@ -31,7 +31,7 @@ def open_block(basis: Basis, batch_size: int, size: int, width: int, dtype: jnp.
     """An empty block with room for K = `size` tokens of `width` numbers a head."""
     lam, beta = discretize(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), basis))
     decays = powers(lam, size)
-    lags = complex_multiply(beta[None], decays[size - 1 :: -1])
+    lags = flatten_planes(complex_multiply(beta[None], decays[size - 1 :: -1]))
     tokens = jnp.zeros((batch_size, size, lam.shape[0], width), dtype)
     return Block(tokens, decays, jnp.concatenate([lags, jnp.zeros_like(lags)]), jnp.int32(0))
 
@@ -63,7 +63,7 @@ def interdomain(
     scores = jnp.einsum("bgjr,bsgr->bgjs", q, k, precision="highest")
     response = jnp.einsum("bgjr,bgrm->bgjm", q, _rows(states, layer, 0, R).astype(wide), precision="highest")
     y = flatten_planes(complex_multiply(_decay(block)[None, :, None], to_planes(response)))
-    y += jnp.einsum("bgjs,sgm->bgjm", scores, flatten_planes(_lags(block)), precision="highest")
+    y += jnp.einsum("bgjs,sgm->bgjm", scores, _lags(block), precision="highest")
     w = mode_weights(basis, readout, y)
     o = _read(to_planes(w), block, _rows(states, layer, R, v.shape[-1]), v)
     return o.reshape(B, H, -1)
@@ -86,9 +86,7 @@ def close_block(state: jax.Array, block: Block) -> jax.Array:
     # arithmetic on planes would take several passes.
     decay = complex_matrix(re, im)
     decayed = jnp.einsum("gom,bgwm->bgwo", decay, state.astype(decay.dtype), precision="highest")
-    increment = jnp.einsum(
-        "bsgw,sgm->bgwm", block.tokens.astype(decay.dtype), flatten_planes(_lags(block)), precision="highest"
-    )
+    increment = jnp.einsum("bsgw,sgm->bgwm", block.tokens.astype(decay.dtype), _lags(block), precision="highest")
     return (decayed + increment).astype(state.dtype)
 
 
@@ -104,7 +102,7 @@ def _decay(block: Block) -> jax.Array:
 
 
 def _lags(block: Block) -> jax.Array:
-    """beta lambda^{t-s} for all tokens s of the block, (K, G, 2, M); 0 for those after t."""
+    """beta lambda^{t-s} for all tokens s of the block, (K, G, 2M); 0 for those after t."""
     K = block.tokens.shape[1]
     return jax.lax.dynamic_slice_in_dim(block.lags, K - block.count, K)
 
@@ -112,6 +110,6 @@ def _lags(block: Block) -> jax.Array:
 def _read(w: jax.Array, block: Block, state: jax.Array, tokens: jax.Array) -> jax.Array:
     """Re(w^T X_t), (B, G, J, E), for w (B, G, J, 2, M), the rows `state` (B, G, E, 2M) of X^0 and its tokens."""
     decayed = conjugate(complex_multiply(w, _decay(block)[None, :, None]))
-    weights = jnp.einsum("bgjpm,sgpm->bgjs", conjugate(w), _lags(block), precision="highest")
+    weights = jnp.einsum("bgjm,sgm->bgjs", flatten_planes(conjugate(w)), _lags(block), precision="highest")
     o = jnp.einsum("bgjs,bsge->bgje", weights, tokens, precision="highest")
     return o + jnp.einsum("bgjm,bgem->bgje", flatten_planes(decayed), state.astype(w.dtype), precision="highest")

@@ -64,6 +64,9 @@ def instruction_bytes(module: Module, computation: str, x: Instruction) -> int:
         return _fusion(module, x, shapes)
     if x.kind == "copy-start":  # the shapes of destination, source and a flag
         return sum(map(size, arrays(x.shape)[:2]))
+    if x.kind == "slice-start":  # the shapes of the source, of the slice and a flag
+        part = arrays(x.shape)[1]
+        return size(part, hbm_only=False) + size(part)
     if x.kind == "dynamic-update-slice":
         return 2 * size(shapes[1])
     if x.kind == "dynamic-slice":

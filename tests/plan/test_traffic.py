@@ -30,6 +30,7 @@ HloModule m
   %a.2 = f32[4,8,128]{2,1,0:T(8,128)} fusion(%a.1, %i.2), kind=kLoop, calls=%fused
   %near = f32[8,64]{1,0:T(8,128)S(1)} broadcast(%i.2)
   %far = f32[8,64]{1,0:T(8,128)} copy(%near)
+  %begun = ((f32[4,8,128]{2,1,0:T(8,128)}), f32[1,8,128]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a.2)
   %one = s32[]{:T(128)S(6)} constant(1)
   %i.3 = s32[]{:T(128)S(6)} add(%i.2, %one)
   ROOT %t = (s32[], f32[4,8,128]{2,1,0:T(8,128)}) tuple(%i.3, %a.2)
@@ -45,9 +46,10 @@ ENTRY %main (a.3: f32[4,8,128]) -> (s32[], f32[4,8,128]) {
 
 
 def test_traffic_of_a_program():
-    """A slice read and written in place, and a copy out of on-chip memory whose tiles are half empty; four times."""
+    """A slice read and written in place, a copy out of on-chip memory whose tiles are half empty, and a slice read to
+    there; four times."""
     module = parse(HLO)
-    assert moved_bytes(module, "ENTRY") == 4 * (2 * 4096 + 4096)
+    assert moved_bytes(module, "ENTRY") == 4 * (2 * 4096 + 4096 + 4096)
     with pytest.raises(ValueError, match="0 loops of the program hold loops"):
         decode_traffic(HLO, 8)
     with pytest.raises(ValueError, match="cannot tell how often the loop loop runs"):
