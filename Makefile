@@ -24,8 +24,8 @@ quickstart: $(CORE)  ## train a small language model on a CPU
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint $(LIBTPU)  ## lint, and run all tests but the slow ones
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not slow and not libtpu'
-	$(LIBTPU_RUN) -m pytest -n 2 --dist loadfile -m 'not slow and libtpu'
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not libtpu'
+	$(LIBTPU_RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and libtpu'
 
 test-slow: $(LIBTPU)  ## run the tests that take minutes each
 	$(RUN) -m pytest -m 'slow and not libtpu'

@@ -21,6 +21,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # users may have it so, 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items):
+    # Runs of programs first: no worker should begin one when the others are about to end.
+    items.sort(key=lambda item: item.path.parent.name not in ("train", "launch"))
     for item in items:
         if "libtpu" in item.fixturenames:
             item.add_marker("libtpu")

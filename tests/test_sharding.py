@@ -229,6 +229,7 @@ def test_a_state_passes_through_shards(optimised):
         assert_close(ours, np.asarray(theirs), "float32", reduction=2 * T)
 
 
+@pytest.mark.slow
 def test_documents_of_unsigned_ids_end_at_the_borders_of_shards():
     """255 is an id of uint8, though it wraps to that of padding."""
     layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5)

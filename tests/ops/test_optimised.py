@@ -45,7 +45,12 @@ def example(c, M=M):
 
 
 @pytest.mark.parametrize(
-    ("backend", "c"), [("chunkwise", "full"), ("chunkwise", "identity"), ("associative", "diagonal")]
+    ("backend", "c"),
+    [
+        ("chunkwise", "full"),
+        pytest.param("chunkwise", "identity", marks=pytest.mark.slow),
+        pytest.param("associative", "diagonal", marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_recurrence(backend, c, optimised):
     case, g = example(c)

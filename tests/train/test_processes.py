@@ -78,6 +78,7 @@ def assert_same_run(workdir, reference, other_from):
         assert np.max(np.abs(ours - theirs)) <= 1e-3 * np.max(np.abs(theirs))
 
 
+@pytest.mark.slow
 def test_one_is_told_to_stop_and_both_save(start, reference, tmp_path):
     """SIGTERM to the process that does not write; one process resumes what two saved."""
     workdir = tmp_path / "run"

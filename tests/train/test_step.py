@@ -261,6 +261,7 @@ def test_remat_same_numbers(remat, scan_layers):
     assert counts[0] == 0 and (counts[1] > 0) == (remat != "none")
 
 
+@pytest.mark.slow
 def test_remat_saves_memory(optimised):
     """Six softmax layers of 128 tokens: the attention weights of one layer at a time rather than of all."""
     sizes = {}
