@@ -161,10 +161,12 @@ class MeshConfig:
     fsdp: int = 1  # rows of the batch, parameters split
     sequence: int = 1  # tokens
     tensor: int = 1  # heads, channels of the MLP, vocabulary
+    slices: int = 1  # TPU slices, joined by the data-centre network, over which `data` is laid
 
     def __post_init__(self):
         check_types(self)
-        sizes = dataclasses.asdict(self)
+        check_at_least(self, 1, "slices")
+        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "slices"}
         if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes} must be at least 1 each, or -1 for one of them.")
 

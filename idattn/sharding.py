@@ -5,6 +5,9 @@
     sequence  tokens; what crosses is the state of fixed size (softmax: all keys and values); parameters as in fsdp
     tensor    heads, channels of the MLP, vocabulary
 
+Over several slices of TPUs, which only the slow data-centre network joins, goes `data` alone: of a step little but the
+sums of gradients crosses it.
+
 Parameters name their dimensions where they are made (`dims`), activations where they are constrained. The mesh is
 the one of `jax.set_mesh`; without one, or with one device, everything here changes nothing.
 """
@@ -41,8 +44,12 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of a run over all devices, or those given; axes that exchange the most join the nearest devices.
 
+    Of several slices, the first of `data` are the first slice, and so on. Devices that know of no slices, as simulated
+    ones, are taken in their order.
+
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, `slices` does not divide `data`, or is not the
+        number of slices that the devices lie in.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -52,7 +59,24 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         shape = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
         raise ValueError(f"the mesh {shape} must multiply to the {len(devices)} devices (-1: what remains).")
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = config.slices
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.slices={slices} must divide mesh.data={sizes[0]}, the axis over slices: the others can have at most "
+            f"the {len(devices) // slices} devices of a slice."
+        )
+    known = hasattr(devices[0], "slice_index")
+    found = len({device.slice_index for device in devices}) if known else slices
+    # GPUs have slices too, one a host, but any axis may go over those.
+    if found != slices and (slices > 1 or devices[0].platform == "tpu"):
+        raise ValueError(
+            f"mesh.slices={slices} must be {found}, the slices of these devices: --config.mesh.slices={found}."
+        )
+    if known and slices > 1:
+        within, over = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
+        grid = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -303,6 +303,8 @@ def test_mesh_sizes():
     for sizes in ({"fsdp": 0}, {"data": -2}, {"tensor": -1}):  # data is -1 already
         with pytest.raises(ValueError, match="must be at least 1 each, or -1 for one of them"):
             MeshConfig(**sizes)
+    with pytest.raises(ValueError, match="slices=0 must be at least 1"):
+        MeshConfig(slices=0)
 
 
 def test_check_choice():

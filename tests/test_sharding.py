@@ -246,6 +246,11 @@ def test_documents_of_unsigned_ids_end_at_the_borders_of_shards():
     [
         ({"mesh": {"fsdp": 3}}, r"data=-1, fsdp=3, sequence=1, tensor=1 must multiply to the 8 devices"),
         ({"mesh": {"data": 2}}, r"data=2, fsdp=1, sequence=1, tensor=1 must multiply to the 8 devices"),
+        ({"mesh": {"slices": 3}}, r"mesh\.slices=3 must divide mesh\.data=8"),
+        (
+            {"mesh": {"slices": 2, "fsdp": 8}},
+            r"mesh\.slices=2 must divide mesh\.data=1.* at most the 4 devices of a slice",
+        ),
         ({"mesh": {"tensor": 8}}, r"mesh\.tensor=8 must divide model\.num_heads=4"),
         ({"mesh": {"data": 1, "sequence": 8}, "data": {"seq_len": 20}}, r"mesh\.sequence=8 must divide .*seq_len=20"),
         (
@@ -277,6 +282,36 @@ def test_what_does_not_divide_is_refused(changes, message):
     config = from_config_dict(values)
     with pytest.raises(ValueError, match=message):
         check_divides(config, make_mesh(config.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "stand-in"
+    process_index: int = 0
+
+
+def test_data_alone_goes_over_slices():
+    """Whatever the order of the devices; simulated ones, which know of no slices, are taken as they come."""
+    config = MeshConfig(data=4, fsdp=2, slices=2)
+    mixed = make_mesh(config, [SliceDevice(id, id % 2) for id in range(8)]).devices
+    assert [{device.slice_index for device in row.flat} for row in mixed] == [{0}, {0}, {1}, {1}]
+    assert [device.id for device in mixed.flat] == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert [device.id for device in make_mesh(config).devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(("platform", "slices"), [("tpu", 1), ("tpu", 4), ("gpu", 4)])
+def test_other_slices_than_the_devices_have_are_refused(platform, slices):
+    devices = [SliceDevice(id, id // 4, platform) for id in range(8)]
+    with pytest.raises(ValueError, match=rf"mesh\.slices={slices} must be 2, .*: --config\.mesh\.slices=2"):
+        make_mesh(MeshConfig(slices=slices), devices)
+
+
+def test_any_axis_may_go_over_the_hosts_of_gpus():
+    devices = [SliceDevice(id, id // 4) for id in range(8)]
+    assert make_mesh(MeshConfig(data=1, fsdp=8), devices).shape["fsdp"] == 8
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "ideal"])
