@@ -1,5 +1,6 @@
 """Published figures of the accelerators that runs are planned for and measured on: one row a chip."""
 
+import re
 from typing import NamedTuple
 
 
@@ -14,6 +15,9 @@ class Chip(NamedTuple):
     hbm_gib: float = 0
     hbm_bytes: float = 0  # a second
     link_bytes: float = 0  # a second, one way, all links together
+    dcn_bytes: float = (
+        0  # a second, one way, to other slices over the data-centre network: a chip's share of its host's
+    )
     clock: float = 0  # cycles a second
     cores: int = 0  # TensorCores that work on one program
     mxus: int = 0  # arrays of a core
@@ -21,17 +25,18 @@ class Chip(NamedTuple):
 
 
 # Sources: for TPUs docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, which state the bandwidth of the links in
-# both directions together; for GPUs NVIDIA's datasheets of each, "NVIDIA T4 Tensor Core GPU Datasheet" and so on. Where
-# a row has a comment, the datasheet states that many TFLOP/s: for sparse matrices, which is twice as much.
+# both directions together, and that of the data-centre network in bits: 50 Gbit/s of a v5p, 6.4 and 25.6 Tbit/s of
+# 256 v5e and v6e; for GPUs NVIDIA's datasheets of each, "NVIDIA T4 Tensor Core GPU Datasheet" and so on. Where a row
+# has a comment, the datasheet states that many TFLOP/s: for sparse matrices, which is twice as much.
 # JAX's pallas/mosaic/tpu_info.py lists the names of TPUs; those of GPUs are what the driver calls them. Clocks are what
 # the peaks need: cores x mxus x width^2 x 2 x clock = flops. A v6e has two arrays, each of which takes two rows a cycle
 # by the compiler's own count of cycles: they stand here as four.
 CHIPS = {
     "v3": Chip(("TPU v3",), 123e12 / 2),
     "v4": Chip(("TPU v4",), 275e12),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, 200e9, clock=1.5e9, cores=1, mxus=4, mxu_width=128),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95, 2765e9, 600e9, clock=1.75e9, cores=2, mxus=4, mxu_width=128),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, 400e9, clock=1.75e9, cores=1, mxus=4, mxu_width=256),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16, 819e9, 200e9, 3.125e9, 1.5e9, cores=1, mxus=4, mxu_width=128),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95, 2765e9, 600e9, 6.25e9, 1.75e9, cores=2, mxus=4, mxu_width=128),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32, 1638e9, 400e9, 12.5e9, 1.75e9, cores=1, mxus=4, mxu_width=256),
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2),
     "A100": Chip(
         (
@@ -51,13 +56,13 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a TPU topology, as v5e:2x2.
+    """The chip of a TPU topology, as v5e:2x2, or 2xv5e:2x2 for two slices.
 
     Raises:
       ValueError: nothing is planned for such chips.
     """
     planned = {name: chip for name, chip in CHIPS.items() if chip.clock}
-    name = topology.split(":")[0]
+    name = re.sub(r"^[1-9]\d*x", "", topology).split(":")[0]
     if name not in planned:
         raise ValueError(f"{topology=} must start with one of {', '.join(planned)}.")
     return planned[name]

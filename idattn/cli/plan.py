@@ -3,6 +3,7 @@
 idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4
 idattn plan --config=paper:1.3B,interdomain --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.compute.remat=dots
 idattn plan --config=paper:1.3B,interdomain --topology=v5e:4x4 --compare=paper:1.3B,softmax
+idattn plan --config=paper:1.3B,interdomain --topology=2xv5e:4x4  # two slices, joined by the data-centre network (DCN)
 
 The program is the one that `idattn train` would run, kernels included, compiled by the TPU's own compiler. Without a
 mesh in the config, mesh, rematerialisation and accumulation are searched: from the plan that recomputes least to the
@@ -11,12 +12,13 @@ train by the fastest are printed. The output describes the program, for each chi
 
   memory       arguments by kind, and temporaries as the compiler allocated them, next to the chip's HBM
   collectives  bytes that a chip sends, by kind, from the compiled program, loops multiplied out (a ring's share: an
-               all-gather of n shards sends (n - 1)/n of its result, an all-reduce twice that)
+               all-gather of n shards sends (n - 1)/n of its result, an all-reduce twice that); those between
+               slices apart, as "over DCN"
   FLOPs        of the model's mathematics, and what rematerialisation adds
   predicted    the step by part, by the compiler's own estimates of cycles (`idattn.plan.cycles`), the kernels by their
                schedules. Estimates, not measurements.
   bound        the longest of three times at published peaks, were they reached and all overlapped: products, HBM (an
-               estimate: weights, optimiser, inputs and outputs of products), links.
+               estimate: weights, optimiser, inputs and outputs of products), links; between slices DCN.
 
 --compare plans another model with all other settings of --config, and prints both steps by part.
 """
@@ -39,7 +41,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     define_config()
-    flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, as v5e:4x4, v5p:2x2x2, v6e:16x16.")
+    flags.DEFINE_string("topology", "v5e:4x4", "TPU slice, as v5e:4x4, v5p:2x2x2, v6e:16x16; 2xv5e:4x4 are two.")
     flags.DEFINE_string("compare", None, "Config whose model is planned too, as paper:1.3B,softmax.")
     flags.DEFINE_string("json", None, "File to write the figures to.")
 

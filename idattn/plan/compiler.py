@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 
 import jax
 
@@ -27,11 +28,19 @@ def load_compiler(*, dump_to: str | None = None) -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
+def count_slices(topology: str) -> int:
+    """The slices of a topology: 2 of 2xv5e:4x4, two of v5e:4x4 that the data-centre network joins."""
+    match = re.match(r"([1-9]\d*)x", topology)
+    return int(match[1]) if match else 1
+
+
 def tpu_devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]  # as in `make_mesh`
     """Devices to compile for, which need not be there; the compiler must be loaded."""
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    slices, name = count_slices(topology), re.sub(r"^[1-9]\d*x", "", topology)
+    options = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 def compile_for(topology: str, function, *arguments):

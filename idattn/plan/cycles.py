@@ -3,8 +3,8 @@
 The compiler notes the cycles that it expects of every instruction that a core computes (`estimated_cycles`). They are
 summed as the instructions are scheduled: loops are multiplied out, called computations followed, a conditional counts
 as its longest branch, and a fusion has one estimate for all that it holds. Kernels have no estimate; the caller gives
-their cycles. Exchanges between chips go one after another at the links' published peak while the core computes; what is
-left when their result is waited for counts as the part `links`.
+their cycles. Exchanges between chips go one after another at the published peak of the links, or of the network between
+slices, while the core computes; what is left when their result is waited for counts as the part `links`.
 """
 
 import re
@@ -62,7 +62,7 @@ def estimate(module: Module, chip: Chip, kernel_cycles: Callable[[Instruction], 
 
     Args:
       module: as `idattn.plan.hlo.parse` reads it, with the compiler's estimates.
-      chip: whose clock and links count.
+      chip: whose clock, links and network count.
       kernel_cycles: those of a kernel's call.
 
     Raises:
@@ -81,13 +81,14 @@ def _estimate(module: Module, name: str, chip: Chip, kernel_cycles: Callable[[In
     for x in computation.values():  # an asynchronous one ends where it is waited for
         if x.kind.endswith("-done"):
             ends |= {c.key: x.name for c in exchanged.get(x.operands[0].partition("#")[0], ())}
-    total, now, links_free = Estimate(Counter()), 0.0, 0.0
+    total, now = Estimate(Counter()), 0.0
+    speed, free = {"ICI": chip.link_bytes, "DCN": chip.dcn_bytes}, {"ICI": 0.0, "DCN": 0.0}
     finish: dict[str | tuple[str, str], float] = {}
     for x in computation.values():
         for c in exchanged[x.name]:
             if c.key not in finish:
-                begin = max(now, links_free)
-                finish[c.key] = links_free = begin + c.sent_bytes / chip.link_bytes * chip.clock
+                begin = max(now, free[c.network])
+                finish[c.key] = free[c.network] = begin + c.sent_bytes / speed[c.network] * chip.clock
         cost = _cost(module, name, x, bool(exchanged[x.name]), chip, kernel_cycles)
         now += cost.cycles
         waits = [finish[key] for key, instruction in ends.items() if instruction == x.name]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?$")
+# Between slices the compiler has a host send a chip's array, and receive for it what the hosts made of all of them.
+_BETWEEN_SLICES = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="(\w+)"')
 
 
 class Instruction(NamedTuple):
@@ -200,11 +202,13 @@ class Collective(NamedTuple):
       key: the same for the parts of one exchange, which may be started and finished in several fusions.
       sent_bytes: that a chip sends in one run: a ring's share, so an all-gather of n shards sends (n - 1)/n of its
         result, an all-reduce twice that.
+      network: "ICI", the links within a slice, or "DCN", the data-centre network between slices.
     """
 
     kind: str
     key: str | tuple[str, str]
     sent_bytes: float
+    network: str = "ICI"
 
 
 def collectives(module: Module, computation: str, x: Instruction) -> list[Collective]:
@@ -212,6 +216,9 @@ def collectives(module: Module, computation: str, x: Instruction) -> list[Collec
     if x.kind == "fusion":
         inside = called("calls", x)
         return [c for y in module[inside].values() for c in collectives(module, inside, y)]
+    if x.kind in ("send", "recv") and (match := _BETWEEN_SLICES.search(x.line)):
+        kind = match[2].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+        return [Collective(kind, match[1], _sent(kind, x), "DCN")]
     if not (match := _COLLECTIVE.match(x.kind)):
         return []
     # The parts of an exchange have one chain, or else one channel, of which 1 is that of many exchanges.
@@ -222,8 +229,8 @@ def collectives(module: Module, computation: str, x: Instruction) -> list[Collec
     return [Collective(match[1], key, _sent(match[1], x))]
 
 
-def count_collectives(module: Module) -> dict[str, int]:
-    """Bytes that a chip sends in a run of a module, by kind of collective, loops multiplied out.
+def count_collectives(module: Module, network: str = "ICI") -> dict[str, int]:
+    """Bytes that a chip sends over a network in a run of a module, by kind of collective, loops multiplied out.
 
     Raises:
       ValueError: a loop does not say how often it runs.
@@ -232,7 +239,7 @@ def count_collectives(module: Module) -> dict[str, int]:
     seen = set()
     for name, x, times in executions(module):
         for collective in collectives(module, name, x):
-            if collective.key not in seen:
+            if collective.network == network and collective.key not in seen:
                 seen.add(collective.key)
                 sent[collective.kind] = sent.get(collective.kind, 0) + round(times * collective.sent_bytes)
     return sent
@@ -241,16 +248,21 @@ def count_collectives(module: Module) -> dict[str, int]:
 def _sent(kind: str, x: Instruction) -> int:
     """Bytes that a chip sends in one run of a collective instruction."""
     sizes = [size(array, hbm_only=False, padded=False) for array in arrays(x.shape)]
-    if x.kind in ("all-gather-start", "collective-permute-start"):
+    if x.kind in ("all-gather-start", "collective-permute-start", "send", "recv"):
         sizes = [max(sizes)]  # next to its operand and flags
     total = sum(sizes)
     if kind == "collective-permute":
         return total
     n = _group_size(x.line)
-    return round({"all-gather": 1, "all-to-all": 1, "reduce-scatter": n, "all-reduce": 2}[kind] * total * (n - 1) / n)
+    shares = {"all-gather": 1, "all-to-all": 1, "reduce-scatter": n, "all-reduce": 2}
+    if x.kind == "send":  # which has the operand's shape, not the result's
+        shares |= {"all-gather": n, "reduce-scatter": 1}
+    return round(shares[kind] * total * (n - 1) / n)
 
 
 def _group_size(line: str) -> int:
+    if match := re.search(r'_xla_megascale_target="?\{+([^}]*)\}', line):  # "{1,2}x{0:3}", or {{1,5},{2,6}}
+        return match[1].count(",") + 1
     groups = line.split("replica_groups=", 1)[1]
     if groups.startswith("mesh["):  # mesh['a'=2,'b'=4] {'b'}: the axes within a group
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", groups.split("]")[0])}

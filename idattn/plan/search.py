@@ -5,32 +5,36 @@ import math
 from typing import Any
 
 from idattn.config import REMAT, Config, MeshConfig
+from idattn.plan.compiler import count_slices
 from idattn.plan.step import compile_step
 
 
 def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config, dict[str, Any]]:
     """A run's config with the plan that is predicted to be fastest, or the last one where none fits, and its figures.
 
-    Rows are split before tokens are: `fsdp` over as many chips as divide the rows, `sequence` over the rest. From what
-    recomputes least to what recomputes most, a batch is taken in as few parts as fit, until that is no longer faster.
+    Rows are split before tokens are: `data` over slices, `fsdp` over as many chips as divide their rows, `sequence`
+    over the rest. From what recomputes least to what recomputes most, a batch is taken in as few parts as fit, until
+    that is no longer faster.
 
     Args:
       config: of the run; its mesh, `compute.remat` and `train.accumulation` are replaced.
-      topology: as v5e:4x4.
+      topology: as v5e:4x4, or 2xv5e:4x4.
       chips: of the topology.
 
     Raises:
       ValueError: as `compile_step`.
     """
     rows = config.train.batch_size
-    fsdp = math.gcd(rows, chips)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=fsdp, sequence=chips // fsdp))
+    slices = count_slices(topology)
+    fsdp = math.gcd(rows // slices, chips // slices)
+    mesh = MeshConfig(data=slices, fsdp=fsdp, sequence=chips // slices // fsdp, slices=slices)
+    config = dataclasses.replace(config, mesh=mesh)
     best = None
     for remat in REMAT:
         plan = _fewest_parts(
             dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat)),
             topology,
-            rows // fsdp,
+            rows // slices // fsdp,
         )
         if best is not None and not (plan[1]["fits"] and _seconds(plan) < _seconds(best)):
             return best

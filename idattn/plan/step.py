@@ -26,14 +26,14 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
 
     Args:
       config: of the run.
-      topology: as v5e:4x4.
+      topology: as v5e:4x4, or 2xv5e:4x4 for two slices.
 
     Returns:
       Figures of one chip and step, JSON-ready: `fits`, False where the compiler ran out of HBM; memory; `sent_bytes` by
-      kind of collective; FLOPs; `seconds`, how long products, HBM and links need at published peaks, of which the
-      longest is a bound; `predicted`, the step as the compiler's own estimates have it: `seconds`, `mfu`, `cycles`,
-      `parts` (cycles by name of `idattn.plan.cycles.PARTS`), and what has no estimate, `uncounted` and
-      `uncounted_bytes`.
+      kind of collective, `dcn_bytes` of those between slices; FLOPs; `seconds`, how long products, HBM, links and the
+      network between slices need at published peaks, of which the longest is a bound; `predicted`, the step as the
+      compiler's own estimates have it: `seconds`, `mfu`, `cycles`, `parts` (cycles by name of
+      `idattn.plan.cycles.PARTS`), and what has no estimate, `uncounted` and `uncounted_bytes`.
 
     Raises:
       ValueError: the mesh does not fit the slice, or does not divide what it splits; the compiler has no cost model for
@@ -63,7 +63,7 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None, "the TPU's compiler has both"
     module = parse(text)
-    sent = count_collectives(module)
+    sent, between = count_collectives(module), count_collectives(module, "DCN")
     figures |= {
         "fits": True,
         # At the peak; temp_size_in_bytes also counts what is never there at the same time.
@@ -71,9 +71,12 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
         "program_bytes": memory.generated_code_size_in_bytes,
         "peak_gib": (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / 2**30,
         "sent_bytes": sent,
+        "dcn_bytes": between,
     }
     seconds = figures["seconds"]
     seconds["links"] = sum(sent.values()) / chip.link_bytes
+    if between:
+        seconds["DCN"] = sum(between.values()) / chip.dcn_bytes
     figures["bound"] = max(seconds, key=seconds.get)
     figures["mfu_at_most"] = figures["flops"] / chip.flops / max(seconds.values())
     total = estimate(module, chip, _kernel_costs(config, topology, any(find_kernels(traced.jaxpr.jaxpr))))
@@ -176,6 +179,8 @@ def describe(figures: dict[str, Any], config: Config) -> str:
     )
     for kind, size in sorted(figures["sent_bytes"].items()):
         lines.append(f"  {kind + ' sends':<26}{size / 1e9:>10.3f} GB a step")
+    for kind, size in sorted(figures["dcn_bytes"].items()):
+        lines.append(f"  {kind + ' over DCN':<26}{size / 1e9:>10.3f} GB a step")
     lines.append(
         f"  {'FLOPs':<26}{figures['flops'] / 1e12:>10.1f} T a step, {figures['recomputed_flops'] / 1e12:.1f} T again"
     )

@@ -111,6 +111,25 @@ ENTRY %main (a: f32[8]) -> f32[32] {{
     assert cycles.estimate(parse(text), CHIP, None).parts == {"other": 50, "links": 46}
 
 
+def test_links_and_the_network_between_slices_work_at_once():
+    """64 bytes go to another slice at a quarter of the links' speed once they are sent, 32 over links meanwhile."""
+    attributes = '_xla_host_transfer_rendezvous="r",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type='
+    attributes = f'frontend_attributes={{{attributes}"ALL_REDUCE"}}'
+    text = f"""HloModule step
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %s = (f32[16]{{0}}, u32[], token[]) send(%a, %t), channel_id=5, {attributes}
+  %work = f32[8]{{0}} multiply(%a, %a), {costs(50)}
+  %r = (f32[16]{{0}}, u32[], token[]) recv(%t), channel_id=6, {attributes}
+  %sent = (f32[8]{{0}}, f32[8]{{0}}, u32[], u32[]) collective-permute-start(%a), channel_id=2
+  %sent.1 = f32[8]{{0}} collective-permute-done(%sent)
+  %s.1 = token[] send-done(%s), channel_id=5
+  %r.1 = (f32[16]{{0}}, token[]) recv-done(%r), channel_id=6
+}}
+"""
+    chip = CHIP._replace(dcn_bytes=CHIP.link_bytes / 4)
+    assert cycles.estimate(parse(text), chip, None).parts == {"other": 50, "links": 4 * 64 - 50}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [

@@ -63,6 +63,39 @@ def test_bytes_of_a_program_written_by_hand(changes):
     }
 
 
+def test_bytes_between_slices():
+    """Hosts of four slices exchange what each sends, in a loop that runs 12 times; links carry what they did before."""
+
+    def exchange(kind, sent, received, target='"{1,2,3,4}x{0:3}"'):
+        attributes = f'_xla_host_transfer_rendezvous="{kind}_0",_xla_megascale_target={target}'
+        attributes = f'frontend_attributes={{{attributes},_xla_megascale_transfer_type="{kind}"}}'
+        return f"""
+  %send.{kind} = (f32[{sent}]{{0}}, u32[], token[]) send(%x, %y), channel_id=8, is_host_transfer=true, {attributes}
+  %recv.{kind} = (f32[{received}]{{0}}, u32[], token[]) recv(%y), channel_id=9, is_host_transfer=true, {attributes}"""
+
+    lines = [
+        exchange("ALL_REDUCE", 100, 100, "{{100000,200000},{300000,400000}}"),
+        exchange("ALL_GATHER", 100, 400),
+        exchange("REDUCE_SCATTER", 400, 100),
+        exchange("ALL_TO_ALL", 400, 400),
+        exchange("ONE_TO_ONE", 100, 100, "{{100000->200000}}"),
+        "\n  %copied = (f32[8]{0}, u32[], token[]) send(%x, %y), channel_id=7, is_host_transfer=true",
+    ]
+    body = "%body (i: s32[]) -> s32[] {"
+    module = hlo.parse(HLO.replace(body, body + "".join(lines)))
+    assert hlo.count_collectives(module, "DCN") == {
+        "all-reduce": 12 * 400 * 2 // 2,
+        "all-gather": 12 * 3 * 400,
+        "reduce-scatter": 12 * 1600 * 3 // 4,
+        "all-to-all": 12 * 1600 * 3 // 4,
+        "collective-permute": 12 * 400,
+    }
+    assert hlo.count_collectives(module) == hlo.count_collectives(hlo.parse(HLO))
+    for sent in (x for x in module["body"].values() if x.kind == "send" and "megascale" in x.line):
+        received = module["body"][sent.name.replace("send", "recv")]
+        assert hlo.collectives(module, "body", sent) == hlo.collectives(module, "body", received)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "trips"),
     [

@@ -24,7 +24,14 @@ def tried(monkeypatch):
         cycles = (1e9 if config.model.mixers[0] == "softmax" else 2e9) + 1e8 * (config.compute.remat == "mixer")
         predicted = {"seconds": cycles / 1.5e9, "mfu": 0.3, "cycles": cycles, "uncounted": 3, "uncounted_bytes": 1e9}
         predicted["parts"] = dict.fromkeys(PARTS, 0.0) | {"products": cycles}
-        figures |= {"fits": True, "peak_gib": 12.0, "sent_bytes": {}, "flops": 1e12, "recomputed_flops": 0.0}
+        figures |= {
+            "fits": True,
+            "peak_gib": 12.0,
+            "sent_bytes": {},
+            "dcn_bytes": {},
+            "flops": 1e12,
+            "recomputed_flops": 0.0,
+        }
         return figures | {"seconds": {"products": 0.5}, "bound": "products", "mfu_at_most": 0.9, "predicted": predicted}
 
     for module in (search, plan):
@@ -53,6 +60,12 @@ def test_without_a_mesh_the_fastest_plan_that_fits_is_taken(tried, monkeypatch, 
     ]
     flags = "--config.mesh.fsdp=16 --config.compute.remat=dots --config.train.accumulation=2"
     assert f"flags: {flags}\n" in capsys.readouterr().out
+
+
+def test_slices_split_the_rows_first(tried, monkeypatch, capsys):
+    run(monkeypatch, "--config.train.batch_size=32", "--topology=2xv5e:2x4")
+    flags = "--config.mesh.data=2 --config.mesh.fsdp=8 --config.mesh.slices=2"
+    assert f"flags: {flags} --config.compute.remat=dots" in capsys.readouterr().out
 
 
 def test_rows_are_split_before_tokens_and_parts_divide_them(tried, monkeypatch, capsys):

@@ -61,6 +61,26 @@ def test_a_step_compiles_for_a_slice(libtpu):
     assert text.index("predicted: ") < text.index("kernels of the mixer") < text.index("bound: ")
 
 
+def test_only_gradients_cross_between_slices(libtpu):
+    """Those of matrices in bfloat16, of the head and of vectors in float32, each summed within its slice before."""
+    model = ModelConfig(vocab_size=512, model_dim=512, num_layers=1, num_heads=4, mlp_dim=512, mixers=("softmax",))
+    changes = dict(data=DataConfig(seq_len=128), train=TrainConfig(steps=10, batch_size=16))
+    config = make_config(model=model, mesh=MeshConfig(data=2, fsdp=4, slices=2), **changes)
+    figures = step.compile_step(config, "2xv5e:2x2")
+    assert (figures["fits"], figures["chips"]) == (True, 8)
+    layers, words, vectors = 512 * (4 * 512 + 3 * 512), 512 * 512, 3 * 512
+    gradients = (2 * layers + 2 * words + 4 * words) / 4 + 4 * vectors
+    assert list(figures["dcn_bytes"]) == ["all-reduce"]
+    assert gradients < figures["dcn_bytes"]["all-reduce"] < gradients + 4096  # the loss and its like
+    assert figures["sent_bytes"]["all-gather"] >= 2 * layers * 3 / 4
+    assert figures["seconds"]["DCN"] == figures["dcn_bytes"]["all-reduce"] / 3.125e9
+    text = step.describe(figures, config)
+    assert "on 2xv5e:2x2, 8 chips (data 2, fsdp 4)" in text
+    assert "all-reduce over DCN            0.001 GB a step" in text and "DCN 0.4 ms;" in text
+    with pytest.raises(ValueError, match="mesh.slices=1 must be 2"):
+        step.compile_step(make_config(mesh=MeshConfig(fsdp=4)), "2xv5e:2x2")
+
+
 def test_what_does_not_fit_says_what_to_change():
     figures = {"topology": "v5e:2x2", "chips": 4, "mesh": {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}}
     figures |= {"fits": False, "needed_gib": 20.5, "usable_gib": 15.75, "parameter_bytes": 2**30}
@@ -94,6 +114,7 @@ def test_too_large_is_reported_not_raised(libtpu):
     assert figures["needed_gib"] > figures["usable_gib"] > 10
 
 
-def test_an_unknown_chip_is_refused():
-    with pytest.raises(ValueError, match="'v9:2x2' must start with one of v5e, v5p, v6e"):
-        step.compile_step(make_config(), "v9:2x2")
+@pytest.mark.parametrize("topology", ["v9:2x2", "0xv5e:2x2"])
+def test_an_unknown_chip_is_refused(topology):
+    with pytest.raises(ValueError, match=f"'{topology}' must start with one of v5e, v5p, v6e"):
+        step.compile_step(make_config(), topology)
