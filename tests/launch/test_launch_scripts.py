@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -115,6 +116,8 @@ def test_help(execute, name):
         ("tpu setup --name=x", "--zone=... is missing"),
         ("tpu create --name=x --zone=y", "--type=... is missing"),
         ("tpu create --name=x --zone=y --type=tpu7x-8", "--type=tpu7x-8 needs a --runtime"),
+        ("tpu create --name=x --zone=y --type=v6e-8 --slices=0", "--slices=0 must be a whole number from 1"),
+        ("tpu train --name=x --zone=y --config=z --workdir=w --slices=2", "a run takes --config.mesh.slices=2"),
         ("tpu train --name=x --zone=y --config=z", "--workdir=... is missing"),
         ("tpu stop --name=x --zone=y --config=z", "stop does not take --config=z"),
     ],
@@ -146,6 +149,19 @@ def test_tpu_create_dry_run(execute, kind, runtime):
     assert "gcloud compute tpus queued-resources describe pod --zone=europe-west4-b --project=mine" in waiting
 
 
+@pytest.mark.parametrize(("slices", "nodes"), [(1, "--node-id=pod"), (4, "--node-count=4")])
+def test_tpu_create_of_slices(execute, tmp_path, slices, nodes):
+    (tmp_path / "states").touch()
+    process = execute(
+        "tpu", "create", *SLICE, "--type=v6e-8", f"--slices={slices}", **stubs(tmp_path, "gcloud", "sleep")
+    )
+    wait_for(lambda: (tmp_path / "calls").exists() and len(calls(tmp_path)) > 1)
+    (tmp_path / "states").write_text("ACTIVE\n")
+    assert finish(process).split() == ["ACTIVE"]
+    (create,) = (call for call in calls(tmp_path) if " create " in call)
+    assert [word for word in create.split() if word.startswith("--node")] == [nodes]
+
+
 def test_tpu_create_waits(execute, tmp_path):
     environment = stubs(tmp_path, "gcloud", "sleep")
     states = tmp_path / "states"
@@ -165,9 +181,11 @@ def test_tpu_create_waits(execute, tmp_path):
 def test_tpu_setup_and_delete_dry_run(execute):
     archive, copy, install = finish(execute("tpu", "setup", *SLICE, "--dry-run")).splitlines()
     assert shlex.split(archive)[:4] == ["git", "-C", str(ROOT), "archive"]
-    assert copy.startswith("gcloud compute tpus tpu-vm scp /tmp/idattn.tar.gz pod: ") and "--worker=all" in copy
+    assert copy.startswith("gcloud compute tpus queued-resources scp /tmp/idattn.tar.gz pod: ")
+    assert "--node=all --worker=all" in copy
     (remote,) = (word for word in shlex.split(install) if word.startswith("--command="))
-    assert "--worker=all" in install and "pip install --quiet --editable '.[tpu,gcs]'" in remote
+    assert "queued-resources ssh pod" in install and "--node=all --worker=all" in install
+    assert "pip install --quiet --editable '.[tpu,gcs]'" in remote
     delete = finish(execute("tpu", "delete", *SLICE, "--dry-run"))
     assert delete == "gcloud compute tpus queued-resources delete pod --force --quiet --zone=europe-west4-b\n"
 
@@ -186,8 +204,8 @@ def test_tpu_train_and_stop(execute, tmp_path):
     assert finish(train).splitlines() == [
         "-m", "launch.train", "--distributed=auto", *RUN, "--config.model.mixers=('softmax', 'ideal')"
     ]  # fmt: skip
-    assert [next(word for word in call.split() if "worker" in word) for call in calls(tmp_path) if "ssh" in call] == [
-        "--worker=all", "--worker=0", "--worker=all", "--worker=all"
+    assert [re.findall(r"--(?:node|worker)=(\w+)", call) for call in calls(tmp_path) if "ssh" in call] == [
+        ["all", "all"], ["0", "0"], ["all", "all"], ["all", "all"]
     ]  # fmt: skip
 
 
