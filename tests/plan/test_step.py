@@ -95,6 +95,22 @@ def test_what_does_not_fit_says_what_to_change():
 
 
 @pytest.mark.slow
+def test_layers_that_are_written_out_stack_nothing(libtpu):
+    """Fewer copies and cycles than a loop, the same bytes between chips; and what is recomputed is not kept."""
+    config = make_config(train=TrainConfig(steps=10, batch_size=128))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=4))
+    computes = [
+        ComputeConfig(remat=remat, scan_layers=loop)
+        for remat, loop in (("none", True), ("none", False), ("block", False))
+    ]
+    loop, out, again = (step.compile_step(dataclasses.replace(config, compute=x), "v5e:2x2") for x in computes)
+    assert out["predicted"]["parts"]["copies"] < loop["predicted"]["parts"]["copies"] / 2
+    assert out["predicted"]["cycles"] < loop["predicted"]["cycles"]
+    assert sum(out["sent_bytes"].values()) == pytest.approx(sum(loop["sent_bytes"].values()), rel=0.05)
+    assert again["temporary_bytes"] < out["temporary_bytes"] / 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", study_paper.CELLS)
 def test_the_papers_cells_compile(libtpu, mixer):
     """The paper's ablation at its size and budget, for the smallest slice of v5p."""
