@@ -19,6 +19,7 @@ ALLOWED = {
     "files": set(),
     "shapes": set(),
     "chips": set(),
+    "reference": set(),
     "sharding": {"config"},
     "loss": {"ops", "sharding"},
     "config": {"checks", "choices", "ops"},
