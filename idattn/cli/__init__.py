@@ -30,6 +30,7 @@ PROGRAMS = {
     "plan": "idattn.cli.plan",
     "schedule": "idattn.cli.schedule",
     "scaling": "idattn.cli.scaling",
+    "verify": "idattn.cli.verify",
     "bench-ops": "idattn.cli.bench_ops",
     "bench-decode": "idattn.cli.bench_decode",
     "bench-data": "idattn.cli.bench_data",

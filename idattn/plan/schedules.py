@@ -1,8 +1,11 @@
 """Pallas kernels of a program for TPUs: steps of their grids, bytes, products, and bundles as libtpu schedules them."""
 
 import math
+import multiprocessing
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +15,9 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from idattn.chips import Chip, chip_of
-from idattn.plan.compiler import compile_for
+from idattn.plan.compiler import compile_for, load_compiler
+from idattn.plan.cycles import estimate
+from idattn.plan.hlo import kernel_call, parse
 
 
 class Kernel(NamedTuple):
@@ -77,6 +82,38 @@ def kernel_cycles(kernel: Kernel, topology: str, dump: str) -> float:
     """About the cycles of a run of the kernel: bundles times steps, shared by the cores where an axis is parallel."""
     parallel = "parallel" in (getattr(kernel.call.params["compiler_params"], "dimension_semantics", None) or ())
     return count_bundles(kernel, topology, dump)[0] * kernel.steps / (chip_of(topology).cores if parallel else 1)
+
+
+def predict(function: Callable[..., Any], arguments: Sequence[Any], topology: str) -> tuple[float, float]:
+    """Seconds of a call on one chip, and of the kernels in it, by the estimates of the TPU's compiler.
+
+    They come from another process, since the compiler writes the schedules of all that it compiles, or none, and since
+    this one may be using a TPU.
+
+    Args:
+      function: can be pickled; its kernels are in a `jax.named_scope`, which leaves them their names.
+      arguments: arrays, of which the shapes and dtypes count.
+      topology: as v5e:2x2.
+
+    Raises:
+      ValueError: the compiler has no estimates for the topology, or the program cannot be counted.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(arguments))
+    has_kernels = any(find_kernels(jax.make_jaxpr(function)(*shapes).jaxpr))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_predict, function, shapes, topology, has_kernels).result()
+
+
+def _predict(function, arguments, topology: str, has_kernels: bool) -> tuple[float, float]:
+    chip, cycles = chip_of(topology), {}
+    with tempfile.TemporaryDirectory() as dump:
+        load_compiler(dump_to=dump if has_kernels else None)
+        for x in find_kernels(jax.make_jaxpr(function)(*arguments).jaxpr):
+            cycles[x.name, x.operands] = kernel_cycles(x, topology, dump)
+        text = compile_for(topology, function, *arguments).as_text()
+    assert text is not None, "the TPU's compiler has it"
+    total = estimate(parse(text), chip, lambda x: cycles[kernel_call(x)])
+    return total.cycles / chip.clock, total.parts["kernels"] / chip.clock
 
 
 def _hlo_shape(aval) -> str:

@@ -15,6 +15,7 @@ from idattn.cli import schedule
         ("plan", ["--config=paper:125M,interdomain", "--json={}"]),
         ("schedule", ["--json={}"]),
         ("scaling", ["--out={}"]),
+        ("verify", ["--out={}"]),
         ("bench_ops", ["--json={}"]),
         ("bench_decode", ["--out={}"]),
         ("plot_kernel", ["--out={}"]),
