@@ -14,22 +14,37 @@ TYPES := $(VENV)/.types
 LIBTPU_VENV := $(VENV)-libtpu
 LIBTPU_RUN := $(LIBTPU_VENV)/bin/python
 LIBTPU := $(LIBTPU_VENV)/.ready
+# So has the CUDA plugin, for the same reason.
+CUDA_VENV := $(VENV)-cuda
+CUDA_RUN := $(CUDA_VENV)/bin/python
+CUDA := $(CUDA_VENV)/.ready
+# An environment that has all packages of $(VENV) and those that are installed on top.
+define overlay
+	@$(PY) -m venv --without-pip $(1)
+	@$(RUN) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	    > $(1)/lib/python$(VERSION)/site-packages/base.pth
+	@$(RUN) -m pip --python $(1)/bin/python install --quiet 'idattn[$(2)]'  # the one in $(VENV)
+	@touch $(1)/.ready
+endef
 
-.PHONY: help quickstart test test-slow lint types format docs wheel clean
+.PHONY: help quickstart test test-slow test-gpu-compile lint types format docs wheel clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: $(CORE)  ## train a small language model on a CPU
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint $(LIBTPU)  ## lint, and run all tests but the slow ones
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not libtpu'
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not libtpu and not gpu_compile'
 	$(LIBTPU_RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and libtpu'
 
 test-slow: $(LIBTPU)  ## run the tests that take minutes each
-	$(RUN) -m pytest -m 'slow and not libtpu'
+	$(RUN) -m pytest -m 'slow and not libtpu and not gpu_compile'
 	$(LIBTPU_RUN) -m pytest -m 'slow and libtpu'
+
+test-gpu-compile: $(CUDA)  ## run the tests that compile for GPUs, without one
+	$(CUDA_RUN) -m pytest -m gpu_compile
 
 lint: $(DEV) types  ## check style, format and types
 	$(RUN) -m ruff check
@@ -75,8 +90,8 @@ $(TYPES): $(DEV)
 
 $(LIBTPU): $(DEV)
 	@echo "Setting up $(LIBTPU_VENV): the TPU's compiler (about 700 MB)"
-	@$(PY) -m venv --without-pip $(LIBTPU_VENV)
-	@$(RUN) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-	    > $(LIBTPU_VENV)/lib/python$(VERSION)/site-packages/base.pth
-	@$(RUN) -m pip --python $(LIBTPU_RUN) install --quiet 'idattn[compile]'  # the one in $(VENV)
-	@touch $@
+	$(call overlay,$(LIBTPU_VENV),compile)
+
+$(CUDA): $(DEV)
+	@echo "Setting up $(CUDA_VENV): the compiler for GPUs (about 5 GB)"
+	$(call overlay,$(CUDA_VENV),compile-gpu)

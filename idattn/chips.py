@@ -27,7 +27,9 @@ class Chip(NamedTuple):
 # Sources: for TPUs docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, which state the bandwidth of the links in
 # both directions together, and that of the data-centre network in bits: 50 Gbit/s of a v5p, 6.4 and 25.6 Tbit/s of
 # 256 v5e and v6e; for GPUs NVIDIA's datasheets of each, "NVIDIA T4 Tensor Core GPU Datasheet" and so on. Where a row
-# has a comment, the datasheet states that many TFLOP/s: for sparse matrices, which is twice as much.
+# has a comment, the datasheet states that many TFLOP/s: for sparse matrices, which is twice as much. The links of a GPU
+# are NVLink, which the datasheets too state in both directions together, of L4 and T4 PCIe. Memory is that of the
+# first name, of T4 as its product brief has it.
 # JAX's pallas/mosaic/tpu_info.py lists the names of TPUs; those of GPUs are what the driver calls them. Clocks are what
 # the peaks need: cores x mxus x width^2 x 2 x clock = flops. A v6e has two arrays, each of which takes two rows a cycle
 # by the compiler's own count of cycles: they stand here as four.
@@ -42,13 +44,16 @@ CHIPS = {
         (
             "NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe",
         ),
-        312e12,
+        312e12, 40, 1555e9, 300e9,
     ),
-    "H100": Chip(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"), 989.5e12),  # 1,979
+    "H100": Chip(
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"),
+        989.5e12, 80, 3350e9, 450e9,  # 1,979
+    ),
     "H100 PCIe": Chip(("NVIDIA H100 PCIe",), 756.5e12),  # 1,513
     "A10G": Chip(("NVIDIA A10G",), 70e12),  # 140; the A10, another card, has 125 dense
-    "L4": Chip(("NVIDIA L4",), 121e12),  # 242
-    "T4": Chip(("Tesla T4",), 65e12),
+    "L4": Chip(("NVIDIA L4",), 121e12, 24, 300e9, 32e9),  # 242
+    "T4": Chip(("Tesla T4",), 65e12, 16, 320e9, 16e9),
     "V100": Chip(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), 125e12),
     "V100 PCIe": Chip(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), 112e12),
     "RTX 6000 Ada": Chip(("NVIDIA RTX 6000 Ada Generation",), 364.25e12),  # 1,457 in FP8, twice again

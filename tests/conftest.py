@@ -1,11 +1,13 @@
 """Settings of all tests: quick compilation except where a test is about the compiled program.
 
-A test that compiles for TPUs takes the fixture `libtpu`, which gives it the marker of this name.
+A test that compiles for TPUs takes the fixture `libtpu`, one that compiles for GPUs `gpu_compile`; either gives it the
+marker of its name.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is there to compile with, would look for a TPU
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # and the CUDA plugin for a GPU, as JAX finds plugins
 FUSION = "xla_cpu_use_fusion_emitters"  # takes two thirds of the time that XLA takes to compile for a CPU
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FUSION}=false".strip()
 
@@ -14,6 +16,7 @@ import pytest  # noqa: E402
 from jax.extend.backend import clear_backends  # noqa: E402
 
 from idattn.plan.compiler import load_compiler  # noqa: E402
+from idattn.plan.gpus import find_plugin, load_gpu_compiler  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
 jax.config.update("jax_numpy_rank_promotion", "raise")  # users may have it so, and shapes that differ are faults
@@ -24,8 +27,8 @@ def pytest_collection_modifyitems(items):
     # Runs of programs first: no worker should begin one when the others are about to end.
     items.sort(key=lambda item: item.path.parent.name not in ("train", "launch"))
     for item in items:
-        if "libtpu" in item.fixturenames:
-            item.add_marker("libtpu")
+        for compiler in {"libtpu", "gpu_compile"}.intersection(item.fixturenames):
+            item.add_marker(compiler)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +36,14 @@ def libtpu():
     """The TPU's compiler."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64")
     load_compiler()
+
+
+@pytest.fixture(scope="session")
+def gpu_compile():
+    """The GPUs' compiler."""
+    if not find_plugin():
+        pytest.skip("JAX's CUDA plugin is for Linux")
+    load_gpu_compiler()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
-"""Compile for TPUs on a machine without one, by libtpu."""
+"""Compile for accelerators on a machine without one: for TPUs by libtpu, for GPUs by JAX's CUDA plugin."""
 
 import importlib.util
 import os
 import re
 
 import jax
+
+from idattn.plan.gpus import gpu_devices, gpu_of
 
 
 def load_compiler(*, dump_to: str | None = None) -> None:
@@ -44,7 +46,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInv
 
 
 def compile_for(topology: str, function, *arguments):
-    """`function` compiled for one chip of a topology; arguments are ShapeDtypeStructs."""
-    sharding = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+    """`function` compiled for one chip of a topology, as v5e:2x2 or h100; arguments are ShapeDtypeStructs."""
+    devices = gpu_devices(topology) if gpu_of(topology) else tpu_devices(topology)
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     return jax.jit(function).lower(*arguments).compile()
