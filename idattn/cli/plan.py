@@ -25,6 +25,7 @@ train by the fastest are printed. The output describes the program, for each chi
 
 import dataclasses
 import json
+import sys
 
 from absl import flags
 
@@ -46,6 +47,11 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
+def say(plan: str) -> None:
+    """Show what is compiled next."""
+    print(f"compiling for {plan}", file=sys.stderr, flush=True)
+
+
 def main(_):
     file = resolve_path(FLAGS.json) if FLAGS.json else None
     load_compiler()
@@ -56,8 +62,9 @@ def main(_):
     figures = {}
     for name, run in runs.items():
         if run.mesh == MeshConfig():
-            run, figures[name] = fastest_that_fits(run, FLAGS.topology, len(tpu_devices(FLAGS.topology)))
+            run, figures[name] = fastest_that_fits(run, FLAGS.topology, len(tpu_devices(FLAGS.topology)), say)
         else:
+            say(f"{FLAGS.topology}: {plan_flags(run)}")
             figures[name] = compile_step(run, FLAGS.topology)
         print(describe(figures[name], run))
         if config.mesh == MeshConfig() and figures[name]["fits"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from idattn.config import REMAT, Config, MeshConfig
@@ -9,7 +10,9 @@ from idattn.plan.compiler import count_slices
 from idattn.plan.step import compile_step
 
 
-def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config, dict[str, Any]]:
+def fastest_that_fits(
+    config: Config, topology: str, chips: int, say: Callable[[str], None] = lambda plan: None
+) -> tuple[Config, dict[str, Any]]:
     """A run's config with the plan that is predicted to be fastest, or the last one where none fits, and its figures.
 
     Rows are split before tokens are: `data` over slices, `fsdp` over as many chips as divide their rows, `sequence`
@@ -20,6 +23,7 @@ def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config
       config: of the run; its mesh, `compute.remat` and `train.accumulation` are replaced.
       topology: as v5e:4x4, or 2xv5e:4x4.
       chips: of the topology.
+      say: called with each plan in words before it is compiled, which takes a minute or more for a large model.
 
     Raises:
       ValueError: as `compile_step`.
@@ -35,6 +39,7 @@ def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config
             dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat)),
             topology,
             rows // slices // fsdp,
+            say,
         )
         if best is not None and not (plan[1]["fits"] and _seconds(plan) < _seconds(best)):
             return best
@@ -43,11 +48,14 @@ def fastest_that_fits(config: Config, topology: str, chips: int) -> tuple[Config
     return best or plan
 
 
-def _fewest_parts(config: Config, topology: str, rows: int) -> tuple[Config, dict[str, Any]]:
+def _fewest_parts(
+    config: Config, topology: str, rows: int, say: Callable[[str], None]
+) -> tuple[Config, dict[str, Any]]:
     """The plan that takes the `rows` of a chip in as few parts as fit, or the last one that does not fit."""
     parts = 1
     while True:
         planned = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=parts))
+        say(f"{topology}: {plan_flags(planned)}")
         figures = compile_step(planned, topology)
         if figures["fits"]:
             return planned, figures

@@ -59,7 +59,10 @@ def test_without_a_mesh_the_fastest_plan_that_fits_is_taken(tried, monkeypatch, 
         ("mixer", 2),
     ]
     flags = "--config.mesh.fsdp=16 --config.compute.remat=dots --config.train.accumulation=2"
-    assert f"flags: {flags}\n" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"flags: {flags}\n" in shown.out
+    # Every compilation, which may take a minute, is announced.
+    assert len(shown.err.splitlines()) == 6 and f"compiling for v5e:4x4: {flags}\n" in shown.err
 
 
 def test_slices_split_the_rows_first(tried, monkeypatch, capsys):
@@ -78,7 +81,8 @@ def test_rows_are_split_before_tokens_and_parts_divide_them(tried, monkeypatch, 
 def test_a_mesh_is_taken_as_it_is(tried, monkeypatch, capsys):
     run(monkeypatch, "--config.mesh.fsdp=16", "--config.compute.remat=mixer")
     assert tried == [("interdomain", "mixer", 1)]
-    assert "flags:" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "flags:" not in shown.out and shown.err.startswith("compiling for v5e:4x4: --config.mesh.fsdp=16 ")
 
 
 def test_two_models_are_compared_by_part(tried, monkeypatch, capsys, tmp_path):
