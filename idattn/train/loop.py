@@ -22,7 +22,7 @@ from idattn.evals.perplexity import mean_loss
 from idattn.files import resolve_path
 from idattn.inference import Decoder, generate_text
 from idattn.sharding import local_rows, place
-from idattn.train.checkpoint import Checkpoints, check_same_run, load_params, save_aside
+from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
 from idattn.train.metrics import MetricsWriter, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
 from idattn.train.stop import StopRequest
@@ -51,7 +51,7 @@ def train(
     Args:
       config: the run, as a Config or as the ConfigDict of a config file.
       workdir: folder of the run; made if it does not exist. gs://BUCKET/FOLDER is in Google Cloud Storage.
-      init_from: a checkpoint whose weights a new run starts from.
+      init_from: a checkpoint whose weights a new run starts from; its model and tokenizer must be the config's.
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
         A run that is resumed within the window or after it is not profiled.
 
@@ -63,8 +63,8 @@ def train(
       and, where the config asks for them, `ngram_losses` by order and `sample`.
 
     Raises:
-      ValueError: the config breaks a rule, does not fit the data, or `workdir` holds another run or one that is under
-        way (not noticed in a bucket).
+      ValueError: the config breaks a rule, does not fit the data or `init_from`, or `workdir` holds another run or one
+        that is under way (not noticed in a bucket).
       FloatingPointError: the loss or gradient was not finite in more steps than the config skips; the state before the
         last of them is saved in `workdir`.
     """
@@ -100,12 +100,16 @@ class _Run:
         self.skipped = 0  # steps that were not finite, as far as they were reported
 
     def run(self) -> dict[str, Any]:
+        weights = None if (self.workdir / "config.json").exists() else self._initial_weights()
         check_same_run(self.workdir, self.config, self.digests)  # here: a start that fails leaves no config
         settings, mesh = self.config.train, self.trainer.mesh
         stored = Checkpoints(self.workdir, settings.keep_latest, settings.keep_best, self.tokenizer)
         with StopRequest() as self.stop, stored as saved:
             restored = saved.restore_latest(self.trainer.abstract_state(), self.data)
-            start, state = restored or (0, self._initial_state())
+            if restored is None and weights is None:  # the run has a config, and was stopped before a checkpoint
+                weights = self._initial_weights()
+            start, state = restored or (0, self._initial_state(weights))
+            del weights
             axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
             _print(
                 f"{'+'.join(self.config.model.mixers)}: {self.parameters:,} parameters, {settings.steps:,} steps of "
@@ -128,11 +132,19 @@ class _Run:
             return self._result(done)
         return self._report(state)
 
-    def _initial_state(self) -> State:
-        state = self.trainer.init()
+    def _initial_weights(self) -> Any:
+        """The parameters of `init_from`, which must be of this run's model and tokenizer; None without it."""
         if not self.init_from:
-            return state
+            return None
         stored, params, step = load_params(self.init_from)
+        theirs = checkpoint_tokenizer(self.init_from, stored)
+        if theirs.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"init_from={self.init_from!r} was trained with another tokenizer ({theirs.fingerprint[:12]}) than "
+                f"this config's {self.config.data.tokenizer!r} ({self.tokenizer.fingerprint[:12]}): its weights are "
+                f"of other pieces of text. Give this run the checkpoint's, --config.data.tokenizer={theirs.name}, and "
+                "text or a folder that was prepared with it."
+            )
         if stored.model != self.config.model:
             differing = dataclasses.replace(self.config, model=stored.model)
             raise ValueError(
@@ -140,8 +152,14 @@ class _Run:
                 f"({'; '.join(self.config.differences(differing))}). Give this run the same model."
             )
         _print(f"weights from {self.init_from}, step {step}")
+        return params
+
+    def _initial_state(self, weights: Any) -> State:
+        state = self.trainer.init()
+        if weights is None:
+            return state
         return state | {
-            "params": jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state["params"])
+            "params": jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights, state["params"])
         }
 
     def _steps(self, start: int, state: State, checkpoints: Checkpoints) -> tuple[int, State]:
@@ -150,7 +168,9 @@ class _Run:
         self._clock: tuple[float, int] | None = None  # (time, step) since when speed is measured
         mesh, done = self.trainer.mesh, start
         hidden = start == settings.steps or not _is_main_process()
-        with tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden) as bar:
+        with tqdm(
+            total=settings.steps, initial=start, desc="compiling", unit="step", dynamic_ncols=True, disable=hidden
+        ) as bar:
             while done < settings.steps and not self.stop.reached(done):
                 done += 1
                 if done == self.profile[0]:
@@ -159,6 +179,7 @@ class _Run:
                 batch = place(mesh, next(self.data), self.rows, settings.batch_size)
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.trainer.step(state, batch)
+                bar.desc = ""  # the step is compiled
                 self._record(pending, state, bar)
                 pending = (done, metrics)
                 evaluate = done % settings.eval_every == 0 or done == settings.steps
@@ -170,8 +191,11 @@ class _Run:
                     if done == self.profile[1] and start < self.profile[0]:
                         jax.profiler.stop_trace()
                         traces.close()
-                    val_loss = self._evaluate(state) if evaluate else None
-                    if val_loss is not None:
+                    val_loss = None
+                    if evaluate:
+                        bar.set_description("evaluating")
+                        val_loss = self._evaluate(state)
+                        bar.desc = ""
                         with np.errstate(over="ignore"):  # infinity is right
                             self._write(done, {"val_loss": val_loss, "val_perplexity": np.exp(val_loss)})
                         _print(f"step {done:>7,}  validation loss {val_loss:.4f} nats per token")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tokenizers
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from support.runs import (
     STEPS,
@@ -226,10 +228,13 @@ def test_a_request_to_stop_is_honoured(finished, tmp_path, monkeypatch, capsys, 
         assert rows_of(tmp_path / "run", key) == rows_of(reference, key)
 
 
-def test_another_seed_is_another_run(finished, corpus, tmp_path):
+def test_another_seed_is_another_run(finished, corpus, tmp_path, capsys):
     """Negative control of the bitwise comparisons: the numbers depend on the data order and the start."""
     config, reference, _ = finished
     train(make_config(corpus, seed=43), tmp_path / "c")
+    bars = capsys.readouterr().err.split("\r")  # what takes long, and does no step, has a name
+    assert bars[1].startswith("compiling:   0%") and any(bar.startswith("evaluating:") for bar in bars)
+    assert bars[-1].startswith("100%")
     pairs = zip(rows_of(tmp_path / "c", "loss"), rows_of(reference, "loss"), strict=True)
     assert all(ours != theirs for ours, theirs in pairs)
 
@@ -296,7 +301,25 @@ def test_init_from_refuses_another_model(finished, corpus, tmp_path, change, bef
         train(config, tmp_path / "run", init_from=str(reference))
     ((name, value),) = change.items()
     assert f"than this config's (model.{name}: " in str(error.value) and f" there, {value!r} now)." in str(error.value)
-    assert before_first_step == []
+    assert before_first_step == [] and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_init_from_refuses_another_tokenizer(finished, corpus, tmp_path, before_first_step):
+    """Embeddings of bytes say nothing of other pieces, even where the vocabulary has as many."""
+    _, reference, _ = finished
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    characters.add_special_tokens(["<s>"])
+    characters.save(str(tmp_path / "characters.json"))
+    config = make_config(corpus)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=f"{tmp_path}/characters.json"))
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer \(bytes\) than this") as error:
+        train(other, tmp_path / "run", init_from=str(reference))
+    assert before_first_step == [] and not (tmp_path / "run" / "config.json").exists()
+    (stored,) = re.findall(r"--config.data.tokenizer=(.+?), and", str(error.value))
+    given = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=stored))
+    with pytest.raises(Stopped):
+        train(given, tmp_path / "run", init_from=str(reference))
 
 
 def test_not_finite_stops_with_the_state_before(corpus, tmp_path):
