@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+BASES = ("s4d_inv", "s4d_lin", "uniform")  # how the frequencies of a state start
 READOUTS = ("transpose", "hermitian", "real")
 FEATURES = ("positive", "fourier")  # of the ideal layer
 CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4), and where their classes are

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
-from idattn.choices import FEATURES, MIXERS, READOUTS, check_choice, find_mixer
+from idattn.choices import BASES, FEATURES, MIXERS, READOUTS, check_choice, find_mixer
 from idattn.ops.api import AUTO, BACKENDS
 
 REMAT: Mapping[str, str] = {
@@ -34,6 +34,7 @@ class SSMConfig:
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
     conv_width: int = 4  # taps of the causal depthwise convolutions [P]
     readout: str = "transpose"  # Re of xi(q)^T U^T Gamma; or "hermitian", "real" [O]
+    a_init: str = "s4d_inv"  # start of the frequencies [P]; or "s4d_lin", pi n, or "uniform", 2 pi n / (M Delta)
     c: str = "full"  # "full" (M, M), "diagonal" (M,) or "identity" (no parameter) [P]
     c_init: str = "normal"  # complex normal, or "eye", a multiple of the identity [O]
     c_init_scale: float = 1 / 16  # total variance of an output mode of C at the start; "eye": its square root [O]
@@ -50,6 +51,7 @@ class SSMConfig:
         if not self.delta_min <= self.delta_max:
             raise ValueError(f"delta_min={self.delta_min} must not exceed delta_max={self.delta_max}.")
         check_choice("readout", self.readout, READOUTS)
+        check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))
         check_choice("c_init", self.c_init, ("normal", "eye"))
         check_choice("rope_position", self.rope_position, ("before", "after"))

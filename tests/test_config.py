@@ -120,6 +120,7 @@ BROKEN = [
     *positive(SSM, "c_init_scale", "delta_min"),
     (SSM, {"delta_min": 0.5, "delta_max": 0.25}, "delta_min=0.5 must not exceed delta_max=0.25."),
     unknown(SSM, "readout", "hermitain", "hermitian"),
+    unknown(SSM, "a_init", "unifrom", "uniform"),
     unknown(SSM, "c", "diag", "diagonal"),
     unknown(SSM, "c_init", "norml", "normal"),
     unknown(SSM, "rope_position", "befor", "before"),

@@ -30,6 +30,8 @@ class InterdomainAttention(SSMMixer):
       heads_per_kv: query heads that share a state, a divisor of H.
       conv_width: taps of the causal depthwise convolutions, at least 1.
       readout: "transpose" (eq. 13), "hermitian" or "real"; see `idattn.ops.interdomain_attention`.
+      a_init: the start of the modes' frequencies: "s4d_inv", crowded at low ones; "s4d_lin", pi n; or "uniform",
+        2 pi n / (M Delta), with which a state tells the last M tokens apart.
       c: the form of C: "full" (M, M), "diagonal" (M,) or "identity" (no parameter).
       c_init: the start of C: "normal", complex normal, or "eye", a multiple of the identity.
       c_init_scale: total variance of an output mode of C at the start; for "eye" its square root is the multiple.
@@ -58,6 +60,7 @@ class InterdomainAttention(SSMMixer):
         heads_per_kv: int = 1,
         conv_width: int = 4,
         readout: str = "transpose",
+        a_init: str = "s4d_inv",
         c: str = "full",
         c_init: str = "normal",
         c_init_scale: float = 1 / 16,
@@ -68,9 +71,9 @@ class InterdomainAttention(SSMMixer):
         norm_bias_init: float = 0.0,
     ):
         ssm = SSMConfig(
-            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, readout=readout, c=c, c_init=c_init,
-            c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max, rope_position=rope_position,
-            output_gate=output_gate, norm_bias_init=norm_bias_init,
+            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, readout=readout, a_init=a_init, c=c,
+            c_init=c_init, c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max,
+            rope_position=rope_position, output_gate=output_gate, norm_bias_init=norm_bias_init,
         )  # fmt: skip
         config = ModelConfig(
             vocab_size=1,

@@ -12,7 +12,7 @@ from flax import nnx
 
 from idattn.config import SSMConfig
 from idattn.ops import Basis, Segments
-from idattn.ops.discretize import s4d_inv_frequencies
+from idattn.ops.discretize import frequencies
 from idattn.ops.prepare import rms_normalise, with_tail
 from idattn.sharding import product
 
@@ -96,9 +96,9 @@ class ShortConv(nnx.Module):
 
 
 class StateBasis(nnx.Module):
-    """The parameters of one layer's states: Delta, A and C of G heads, initialised as S4D-Inv.
+    """The parameters of one layer's states: Delta, A and C of G heads.
 
-    exp(a_log) = 1/2, a_imag by `idattn.ops.discretize.s4d_inv_frequencies`, Delta log-uniform. C is complex normal with
+    exp(a_log) = 1/2, a_imag by `idattn.ops.discretize.frequencies`, Delta log-uniform. C is complex normal with
     total variance c_init_scale / M for each entry (diagonal: c_init_scale), or sqrt(c_init_scale) times the identity.
     """
 
@@ -108,7 +108,7 @@ class StateBasis(nnx.Module):
         log_delta = jax.random.uniform(rngs.params(), (G,), minval=low, maxval=high)
         self.log_delta = param(log_delta, "G", group="ssm")
         self.a_log = param(jnp.full((G, M), math.log(0.5)), "G", "M", group="ssm")
-        self.a_imag = param(jnp.tile(s4d_inv_frequencies(M), (G, 1)), "G", "M", group="ssm")
+        self.a_imag = param(frequencies(config.a_init, M, jnp.exp(log_delta)), "G", "M", group="ssm")
         if config.c == "identity":
             self.c = None
             return

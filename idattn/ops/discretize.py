@@ -50,6 +50,21 @@ def s4d_inv_frequencies(num_modes: int, dtype: type[np.floating] = np.float32) -
     return num_modes / math.pi * (num_modes / (2 * n + 1) - 1)
 
 
+def frequencies(kind: str, num_modes: int, delta: jax.Array) -> jax.Array:
+    """The frequencies a_imag (G, M) that modes start from, in radians per unit of time; n = 0 ... M - 1.
+
+    Args:
+      kind: "s4d_inv"; "s4d_lin", pi n; or "uniform", Delta a_imag(n) = 2 pi n / M, so that equally fast decaying modes
+        sum to a Dirichlet kernel of the lag l, sum_n lambda_n^l = 0 unless M divides l.
+      num_modes: M.
+      delta: (G,) step sizes.
+    """
+    n = jnp.arange(num_modes, dtype=jnp.float32)
+    if kind == "uniform":
+        return 2 * math.pi * n[None] / (num_modes * delta[:, None])
+    return jnp.tile(s4d_inv_frequencies(num_modes) if kind == "s4d_inv" else math.pi * n, (delta.shape[0], 1))
+
+
 def discretize(basis: Basis) -> tuple[jax.Array, jax.Array]:
     """The decays lambda and input weights beta, planes (G, 2, M) each; accurate also where lambda - 1 cancels."""
     delta = jnp.exp(basis.log_delta)[:, None]

@@ -103,6 +103,19 @@ def test_basis_starts_as_s4d_inv():
     assert abs(variance * 16 * M - 1) < 0.05
 
 
+def test_frequencies_can_start_elsewhere():
+    """S4D-Lin is pi n; uniform frequencies sum to a Dirichlet kernel of the lag, whatever Delta a head has."""
+    M = 5
+    linear = StateBasis(2, SSMConfig(num_modes=M, a_init="s4d_lin"), rngs=nnx.Rngs(0))()
+    np.testing.assert_allclose(linear.a_imag, np.pi * np.tile(np.arange(M), (2, 1)), rtol=1e-6)
+    uniform = StateBasis(2, SSMConfig(num_modes=M, a_init="uniform"), rngs=nnx.Rngs(0))()
+    phases = np.exp(uniform.log_delta)[:, None] * uniform.a_imag
+    assert not np.allclose(uniform.a_imag[0], uniform.a_imag[1], rtol=0.01)
+    lags = np.arange(2 * M + 1)
+    kernel = np.exp(1j * lags[:, None, None] * np.asarray(phases, np.float64)).sum(-1)
+    np.testing.assert_allclose(kernel, np.where(lags % M == 0, M, 0)[:, None] * np.ones(2), atol=1e-4)
+
+
 @pytest.mark.parametrize("c", ["full", "diagonal"])
 def test_basis_can_start_as_a_multiple_of_the_identity(c):
     config = SSMConfig(num_modes=3, c=c, c_init="eye")

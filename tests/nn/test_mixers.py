@@ -121,6 +121,8 @@ def test_token_by_token_equals_whole(name):
 SSM_OPTIONS = [
     {"readout": "hermitian"},
     {"readout": "real"},
+    {"a_init": "s4d_lin"},
+    {"a_init": "uniform"},
     {"c": "diagonal"},
     {"c": "identity"},
     {"c_init": "eye"},
