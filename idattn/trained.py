@@ -33,13 +33,15 @@ def load(checkpoint: epath.PathLike, *, which: str | int = "latest", tokenizer: 
     """The model of a checkpoint, with its tokenizer and config.
 
     Args:
-      checkpoint: folder of a run, of one of its checkpoints, or of exported weights; gs://BUCKET/FOLDER too.
+      checkpoint: folder of a run, of one of its checkpoints, or of exported weights; gs://BUCKET/FOLDER too; or
+        hf:OWNER/NAME, exported weights on the Hugging Face hub.
       which: "latest", "best" (lowest validation loss) or a step of the run; ignored for one checkpoint.
       tokenizer: another copy of the checkpoint's tokenizer, as `idattn.data.load_tokenizer` takes it; empty for the
         one that the checkpoint contains.
       settings: of `idattn.inference.Decoder`: chunk_size, block_size, state_dtype.
 
     Raises:
+      ConnectionError: the hub is out of reach, has no such repository or does not let you in.
       FileNotFoundError: there is no such checkpoint, or an older one's tokenizer is not where its config says.
       ValueError: the checkpoint is damaged, `tokenizer` is not the checkpoint's, a setting breaks its rule, or the
         current mesh does not divide the model.

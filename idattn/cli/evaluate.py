@@ -35,7 +35,7 @@ RECORDED = (
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
+        "checkpoint", None, "Folder of a run, a checkpoint or exported weights, or hf:OWNER/NAME.", required=True
     )
     flags.DEFINE_string("tokenizer", "", "A copy of the checkpoint's tokenizer; empty for the one that it contains.")
     flags.DEFINE_list("tasks", ["perplexity"], f"Any of {', '.join([*TASKS, *harness.LISTS])}, or lm-eval's.")

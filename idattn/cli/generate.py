@@ -34,7 +34,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.", required=True
+        "checkpoint", None, "Folder of a run, a checkpoint or exported weights, or hf:OWNER/NAME.", required=True
     )
     flags.DEFINE_string("tokenizer", "", "A copy of the checkpoint's tokenizer; empty for the one that it contains.")
     flags.DEFINE_string("prompt", "", "Text to continue; empty starts a document.")

@@ -33,7 +33,7 @@ DELTAS, M = (0.1, 0.03, 0.01), 64
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Folder of a run, of one of its checkpoints, or of exported weights.")
+    flags.DEFINE_string("checkpoint", None, "Folder of a run, a checkpoint or exported weights, or hf:OWNER/NAME.")
     flags.DEFINE_string("out", None, "PNG file to write.", required=True)
     flags.DEFINE_string("json", None, "File to write the numbers of --checkpoint to.")
     flags.DEFINE_integer("length", 128, "Tokens of the context.", lower_bound=1)

@@ -18,7 +18,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     define_config()
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
-    flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from.")
+    flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from, a folder or hf:OWNER/NAME.")
     flags.DEFINE_list("profile", ["0", "0"], "FIRST,LAST: the steps of a window to profile.")
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
 

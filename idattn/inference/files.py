@@ -16,7 +16,9 @@ from safetensors.flax import load, save
 from idattn.config import Config, from_config_dict
 from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from idattn.files import read_json, resolve_path, write_atomic
+from idattn.inference.card import model_card
 from idattn.inference.decoder import Context, Decoder
+from idattn.inference.hub import CARD
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
 from idattn.nn import LanguageModel
 
@@ -24,9 +26,16 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def save_weights(
-    folder: epath.PathLike, config: Config, params: Any, step: int, tokenizer: Tokenizer | None = None
+    folder: epath.PathLike,
+    config: Config,
+    params: Any,
+    step: int,
+    tokenizer: Tokenizer | None = None,
+    val_loss: float | None = None,
 ) -> None:
-    """Write `model.safetensors` (names as `groups.block_0.mlp.up.weight`, layers stacked), `config.json`, a tokenizer.
+    """Write `model.safetensors` (names as `groups.block_0.mlp.up.weight`, layers stacked), its config and tokenizer.
+
+    The files are `model.safetensors`, `config.json`, those of the tokenizer, and a model card, `README.md`.
 
     Args:
       folder: of a disk or gs://BUCKET/FOLDER, made if it does not exist; an export that is there is replaced.
@@ -34,9 +43,12 @@ def save_weights(
       params: nested dicts of arrays, as of `idattn.train.checkpoint.load_params`.
       step: optimiser steps that the weights have seen.
       tokenizer: of the model, whose files are written too; None for that of `config.data.tokenizer`.
+      val_loss: of these weights for the card, in nats per token; None where it was not measured.
     """
     folder = resolve_path(folder)
-    save_tokenizer(load_tokenizer(config.data.tokenizer) if tokenizer is None else tokenizer, folder)
+    tokenizer = load_tokenizer(config.data.tokenizer) if tokenizer is None else tokenizer
+    save_tokenizer(tokenizer, folder)
+    write_atomic(folder / CARD, model_card(config, params, step, tokenizer, val_loss))
     write_atomic(folder / WEIGHTS, save(named_leaves(params), {"step": str(step)}))
     write_atomic(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2))
 

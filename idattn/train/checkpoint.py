@@ -6,12 +6,10 @@ checkpoint therefore carries `manifest.json`, the SHA-256 of each file of its it
 """
 
 import dataclasses
-import itertools
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,13 +24,22 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from idattn.config import Config, from_config_dict
 from idattn.data.stream import sha256_of
 from idattn.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from idattn.files import in_bucket, read_json, resolve_path, write_atomic
+from idattn.files import read_json, write_atomic
 from idattn.inference.files import WEIGHTS, abstract_params, load_weights
 from idattn.inference.names import current_names, differences, leaf_name, named_leaves
+from idattn.train.folders import (
+    MANIFEST,
+    absolute,
+    damage_of,
+    files_below,
+    find_checkpoint,
+    move_damaged,
+    ranking_loss,
+    steps_in,
+)
 from idattn.train.storage import writing
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
-logger = logging.getLogger(__name__)
+TOKENIZER = "tokenizer"
 
 
 class Checkpoints:
@@ -52,20 +59,20 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep_latest: int, keep_best: int, tokenizer: Tokenizer | None = None):
         self._tokenizer = tokenizer
-        self._folder = _absolute(workdir) / "checkpoints"
-        broken = _move_damaged(self._folder) if jax.process_index() == 0 else ""
+        self._folder = absolute(workdir) / "checkpoints"
+        broken = move_damaged(self._folder) if jax.process_index() == 0 else ""
         if multihost_utils.broadcast_one_to_all(bool(broken)):
             raise RuntimeError(
                 f"No checkpoint in {self._folder} is valid: {broken or 'see process 0'}. Repair one, or move them away "
                 "to start anew."
             )
         self._saving = -1
-        best = BestN(get_metric_fn=_val_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=ranking_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep_latest), best]),
-                best_fn=_val_loss,
+                best_fn=ranking_loss,
                 best_mode="min",
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
@@ -150,7 +157,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as many kinds as there are file systems
-            last = max(_steps(self._folder), default=0)
+            last = max(steps_in(self._folder), default=0)
             raise RuntimeError(
                 f"The checkpoint of step {self._saving} could not be written to {self._folder}: {error}. Make room, or "
                 f"let it be written, and start the run again: it resumes from step {last}."
@@ -163,7 +170,7 @@ class Checkpoints:
         (folder,) = (path for path in self._folder.iterdir() if name.fullmatch(path.name))
         if self._tokenizer is not None:
             save_tokenizer(self._tokenizer, folder / TOKENIZER)
-        files = (file for item in folder.iterdir() if item.is_dir() for file in _files(item))
+        files = (file for item in folder.iterdir() if item.is_dir() for file in files_below(item))
         digests = {str(file.relative_to(folder)): sha256_of(file) for file in files}
         write_atomic(folder / MANIFEST, json.dumps(digests, indent=0, sort_keys=True))
 
@@ -180,7 +187,7 @@ def check_same_run(workdir: epath.PathLike, config: Config, data: Mapping[str, s
       OSError: the folder cannot be written.
       ValueError: a setting of `Config.identity` or a digest differs from the stored one.
     """
-    file, data_file = (_absolute(workdir) / name for name in ("config.json", "data.json"))
+    file, data_file = (absolute(workdir) / name for name in ("config.json", "data.json"))
     if not file.exists():
         if jax.process_index() == 0:
             with writing(workdir):
@@ -211,20 +218,22 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
     """Load the parameters of a checkpoint onto the default device, without the optimiser state.
 
     Args:
-      checkpoint: folder of a run, of one checkpoint (`workdir/checkpoints/<step>`), or of exported weights.
+      checkpoint: folder of a run, of one checkpoint (`workdir/checkpoints/<step>`), or of exported weights; or
+        hf:OWNER/NAME, exported weights on the Hugging Face hub.
       which: "latest", "best" (lowest validation loss) or a step; ignored for the folder of one checkpoint.
 
     Returns:
       Config, parameters as nested dicts with string keys, and step.
 
     Raises:
+      ConnectionError, ImportError: as `idattn.inference.pull`.
       FileNotFoundError: the path does not exist, holds no checkpoint, or none with a validation loss for "best".
       ValueError: the checkpoint is damaged, or there is no step `which`.
     """
-    folder = _find(checkpoint, which)
+    folder = find_checkpoint(checkpoint, which)
     if (folder / WEIGHTS).exists():
         return load_weights(folder)
-    if damage := _damage(folder):
+    if damage := damage_of(folder):
         raise ValueError(f"The checkpoint is damaged: {damage}. Choose another step.")
     config = from_config_dict(read_json(folder / "config" / "metadata", "Choose another step."))
     abstract = {"params": _stored_tree(folder)["params"]}
@@ -256,7 +265,7 @@ def checkpoint_tokenizer(
       FileNotFoundError: there is no such checkpoint, or an older one's tokenizer is not where its config says.
       ValueError: `name` is another tokenizer than the checkpoint's.
     """
-    folder = _find(checkpoint, which)
+    folder = find_checkpoint(checkpoint, which)
     folder = folder if (folder / WEIGHTS).exists() else folder / TOKENIZER
     if not folder.exists() or not any(path.stem == "tokenizer" for path in folder.iterdir()):
         return load_tokenizer(name or config.data.tokenizer)
@@ -272,6 +281,17 @@ def checkpoint_tokenizer(
     return given
 
 
+def checkpoint_loss(checkpoint: epath.PathLike, which: str | int = "latest") -> float | None:
+    """The validation loss of a checkpoint in nats per token; None where there was no evaluation, and for an export.
+
+    Args:
+      checkpoint, which: as in `load_params`.
+    """
+    file = find_checkpoint(checkpoint, which) / "metrics" / "metrics"
+    loss = ranking_loss(read_json(file, "Choose another step.")) if file.exists() else math.inf
+    return loss if math.isfinite(loss) else None
+
+
 def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
     """Save a state to `workdir/name` for inspection and wait for it; an earlier one of this name is replaced.
 
@@ -281,101 +301,7 @@ def save_aside(workdir: epath.PathLike, name: str, state: Any) -> None:
       state: pytree of jax arrays.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(_absolute(workdir) / name, state, force=True)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = resolve_path(path)
-    return path if in_bucket(path) else path.absolute()
-
-
-def _val_loss(metrics: dict[str, float | None]) -> float:
-    """The loss that ranks a checkpoint: infinite where older versions stored NaN, or null for it."""
-    loss = metrics.get("val_loss")
-    return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    """The steps of the complete checkpoints, newest first; other names, as of copies and backups, do not count."""
-    paths = ocp.utils.checkpoint_steps_paths(folder)
-    return sorted((int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name)), reverse=True)
-
-
-def _damage(folder: epath.Path, item: str = "") -> str:
-    """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is."""
-    try:
-        digests = read_json(folder / MANIFEST, "")
-    except OSError as error:
-        return f"{folder / MANIFEST} cannot be read ({error})"
-    except ValueError as error:
-        return str(error).removesuffix(". ")
-    for name, digest in digests.items():
-        if not name.startswith(item):
-            continue
-        if not (folder / name).exists():
-            return f"{folder / name} is missing"
-        if sha256_of(folder / name) != digest:
-            return f"{folder / name} does not match its checksum in {MANIFEST}"
-    return ""
-
-
-def _move_damaged(folder: epath.Path) -> str:
-    """Move damaged checkpoints to `broken` next to `folder`; if all are, move none and return what is wrong."""
-    broken, any_valid = {}, False
-    for step in _steps(folder):
-        # Reading a checkpoint takes time: those older than the newest valid one wait until they are needed, but for
-        # the losses, which Orbax reads at once.
-        if damage := _damage(folder / str(step), "metrics/" if any_valid else ""):
-            broken[step] = damage
-        else:
-            any_valid = True
-    if not any_valid:
-        return "; ".join(broken.values())
-    for step, damage in broken.items():
-        count = itertools.count(1)
-        target = folder.parent / "broken" / str(step)
-        while target.exists():
-            target = target.with_name(f"{step}-{next(count)}")
-        write_atomic(target.with_name(f"{target.name}.txt"), damage)  # also makes the folder of both
-        (folder / str(step)).rename(target)
-        logger.warning("Checkpoint %d is not used and moved to %s: %s.", step, target, damage)
-    return ""
-
-
-def _find(checkpoint: epath.PathLike, which: str | int) -> epath.Path:
-    """The folder of a checkpoint or export."""
-    path = _absolute(checkpoint)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give the folder of a run or of one of its checkpoints.")
-    return path if (path / MANIFEST).exists() or (path / WEIGHTS).exists() else _choose(path, which)
-
-
-def _choose(workdir: epath.Path, which: str | int) -> epath.Path:
-    """The folder of the checkpoint `which` of a run."""
-    folder = workdir / "checkpoints"
-    steps = _steps(folder)
-    if not steps:
-        raise FileNotFoundError(f"{workdir} is neither a checkpoint nor the folder of a run that has one.")
-    if which == "latest":
-        return folder / str(steps[0])
-    if which == "best":
-        files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
-        stored = {step: read_json(file, "Choose a step.") for step, file in files.items() if file.exists()}
-        losses = {step: _val_loss(metrics) for step, metrics in stored.items()}
-        if not any(map(math.isfinite, losses.values())):
-            raise FileNotFoundError(f"No checkpoint in {folder} has a validation loss; use which='latest' or a step.")
-        return folder / str(min(losses, key=losses.__getitem__))
-    if which not in steps:
-        raise ValueError(f"which={which!r} must be 'latest', 'best' or a step of {folder}: {sorted(steps)}.")
-    return folder / str(which)
+        checkpointer.save(absolute(workdir) / name, state, force=True)
 
 
 def _stored_tree(folder: epath.Path) -> Any:

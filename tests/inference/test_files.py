@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
-from support.models import V, make_model
+from support.models import V, export_model, make_model
 
 from idattn.config import quickstart
 from idattn.inference import Decoder, load_context, load_weights, save_context, save_weights
@@ -85,6 +87,23 @@ def test_what_is_written_may_be_read_by_whom_the_umask_allows(decoder, tmp_path)
         os.umask(before)
     files = [*(tmp_path / "new" / "export").iterdir(), tmp_path / "context"]
     assert len(files) >= 3 and {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
+
+
+def test_an_export_has_a_model_card(tmp_path):
+    """Its metadata is YAML, its table says what the weights are, and its example loads them."""
+    path = export_model(tmp_path) / "README.md"
+    _, metadata, text = path.read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata)["library_name"] == "idattn"
+    config, params, step = load_weights(tmp_path)
+    assert f"# s4d, {sum(x.size for x in jax.tree.leaves(params)):,} parameters\n" in text
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+    tokens = config.train.batch_size * 16
+    assert rows["tokens"] == f"{7 * tokens}: 7 steps of {tokens}, in windows of 16"
+    assert rows["tokenizer"] == "257 ids, fingerprint `bytes`" and rows["validation loss"] == "not measured"
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(example.replace("FOLDER", str(tmp_path)).replace("num_tokens=100", "num_tokens=2"), names)
+    assert names["step"] == step and len(names["completion"].tokens) == 2
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 4', "\0" * 9, "[]"])

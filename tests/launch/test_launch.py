@@ -10,6 +10,7 @@ import pytest
 from support.runs import ROOT, TINY
 
 from idattn.cli.train import profile_window
+from idattn.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,8 @@ def test_generate_and_export(start, trained, tmp_path):
     """`test_generate.py` runs them inside its process; here they start from a run's checkpoint, and from its export."""
     _, workdir = trained
     assert start("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
+    (loss,) = (row["val_loss"] for row in read_metrics(workdir / "metrics.jsonl") if "val_loss" in row)
+    assert f"| validation loss | {loss:.4f} nats per token |\n" in (tmp_path / "README.md").read_text()
     texts = []
     for checkpoint in (workdir / "checkpoints" / "3", tmp_path):
         done = start("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=ab says", "--seed=5")

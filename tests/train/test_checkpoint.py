@@ -25,6 +25,7 @@ from idattn.inference import save_weights
 from idattn.nn import LanguageModel
 from idattn.train import checkpoint as checkpoint_lib
 from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
+from idattn.train.folders import damage_of
 
 CONFIG = quickstart()
 
@@ -535,4 +536,4 @@ def test_save_aside(tmp_path):
 @pytest.mark.parametrize(("text", "damage"), [("", "empty"), ('{"a": ', "not valid JSON"), ("[]", "a list, not a")])
 def test_a_damaged_manifest_is_named(tmp_path, text, damage):
     (tmp_path / "manifest.json").write_text(text)
-    assert re.search(rf"manifest\.json is damaged \(.*{damage}.*\)$", checkpoint_lib._damage(tmp_path))
+    assert re.search(rf"manifest\.json is damaged \(.*{damage}.*\)$", damage_of(tmp_path))
