@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from idattn.choices import READOUTS, check_choice
-from idattn.ops import chunks, chunkwise, fft, pallas_tpu, prepare, recurrent
+from idattn.ops import chunk_linear, chunks, chunkwise, fft, pallas_tpu, prepare, recurrent
 from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
 from idattn.ops.backend import Backend, Rule
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
@@ -219,7 +219,7 @@ def transfer(
     check_basis(basis, G)
     segments = check_segments(segment_ids, B, T)
     basis = cast(basis, state_dtype(basis, *inputs))
-    return chunkwise.transfer(inputs, basis, segments, chunk_size=chunkwise.BACKEND.chunk(chunk_size, T))
+    return chunk_linear.transfer(inputs, basis, segments, chunk_size=chunkwise.BACKEND.chunk(chunk_size, T))
 
 
 def step(
