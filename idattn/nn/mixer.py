@@ -1,6 +1,7 @@
 """The contract of token mixers: what a class defines to work in a model, a decoder, a mesh and a count of costs."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -139,7 +140,19 @@ class Mixer(nnx.Module):
           x: (B, T, D) in the dtype to compute in.
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: as returned by an earlier call or by `init_state`, to resume from there; None to start anew.
+
+        Outside of `jax.jit` the call is compiled as a whole, once for each shape. A mixer with variables other than
+        nnx.Param, which a call may change, is not.
         """
+        graphdef, params, others = nnx.split(self, nnx.Param, ...)
+        if jax.tree.leaves(others):
+            return self._call(x, segment_ids, state)
+        return _compiled_call(graphdef, params, x, segment_ids, state)
+
+    def _call(
+        self, x: jax.Array, segment_ids: jax.Array | None, state: LayerState | None
+    ) -> tuple[jax.Array, LayerState]:
+        """`__call__`, operation by operation."""
         start = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.position
         documents, end = find_documents(segment_ids, start, x.shape[:2], getattr(self, "config", None))
         y, memory = self.mix(x, documents, None if state is None else state.memory)
@@ -157,3 +170,10 @@ class Mixer(nnx.Module):
         """The state before the first token; arguments as in `init_memory`."""
         memory = self.init_memory(batch_size, max_tokens, dtype, state_dtype)
         return LayerState(memory, jnp.zeros(batch_size, jnp.int32))
+
+
+@partial(jax.jit, static_argnames="graphdef")  # not inlined, which would take eager gradients apart again
+def _compiled_call(
+    graphdef: nnx.GraphDef, params: Any, x: jax.Array, segment_ids: jax.Array | None, state: LayerState | None
+) -> tuple[jax.Array, LayerState]:
+    return nnx.merge(graphdef, params)._call(x, segment_ids, state)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from support import oracles
 from support.helpers import assert_close
+from support.moving_average import MovingAverage
 
 from idattn.choices import CELLS, MIXERS, find_mixer
 from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig
@@ -236,6 +237,40 @@ def test_backends_agree_in_the_layer():
     first, *others = (run(layer, x)[0] for layer in layers)
     for other in others:
         assert_close(other, first, "float32", reduction=T * D)
+
+
+def test_a_call_outside_of_jit_is_one_program(monkeypatch):
+    """Its Python runs once for each shape, in gradients too, and for equal layers; numbers are those of operations."""
+    calls, mix = [], SSMMixer.mix
+    monkeypatch.setattr(SSMMixer, "mix", lambda self, x, *others: (calls.append(x.shape), mix(self, x, *others))[1])
+    layers = [make_mixer("interdomain", c_init_scale=scale) for scale in (0.3, 0.3)]
+    x = inputs(5)
+    loss = nnx.value_and_grad(lambda layer, x: (layer(x)[0] ** 2).sum())
+    for layer in layers:
+        (y, state), (_, gradients) = layer(x), loss(layer, x)
+        last, _ = layer(x[:, :1], state=state)
+    assert len(calls) == 2 and {shape[1] for shape in calls} == {1, T}
+    monkeypatch.undo()
+    wanted, state = layer._call(x, None, None)
+    assert_close(y, wanted, "float32")
+    assert_close(last, layer._call(x[:, :1], None, state)[0], "float32")
+    expected = nnx.grad(lambda layer, x: (layer._call(x, None, None)[0] ** 2).sum())(layer, x)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32", reduction=B * T, gradient=True), gradients, expected)
+
+
+def test_a_call_keeps_what_a_mixer_changes():
+    class Counting(MovingAverage):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+
+        def mix(self, x, documents, memory):
+            self.count[...] += 1
+            return super().mix(x, documents, memory)
+
+    layer = Counting(ModelConfig.tiny(), residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(0))
+    layer(inputs()), layer(inputs())
+    assert layer.count[...] == 2
 
 
 def test_bad_sizes_of_the_layer():
