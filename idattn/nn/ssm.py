@@ -63,14 +63,10 @@ class SSMBlockMemory(Memory):
 
     def close(self) -> SSMMemory:
         """The stack's states after the block."""
-
-        def close(states, layer):
-            state = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
-            state = blockwise.close_block(state, self.pick(layer).block)
-            return jax.lax.dynamic_update_index_in_dim(states, state, layer, axis=0), None
-
-        states, _ = jax.lax.scan(close, self.states, jnp.arange(self.states.shape[0]))
-        return SSMMemory(states, self.conv_tails)
+        block = blockwise.Block(spec("L", "B", None, "G"), spec("L", None, "G"), spec("L", None, "G"), spec("L"))
+        states = spec("L", "B", "G")
+        close = on_shards(blockwise.close_blocks, (states, block), states)
+        return SSMMemory(close(self.states, self.block), self.conv_tails)
 
 
 class SSMCore(nnx.Module):

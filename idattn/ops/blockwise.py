@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from idattn.ops import blockwise_tpu
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
 from idattn.ops.planes import complex_matrix, complex_multiply, conjugate, flatten_planes, powers, to_planes
 
@@ -78,16 +79,37 @@ def linear(basis: Basis, c_out: jax.Array, states: jax.Array, layer: jax.Array, 
     return _read(jnp.broadcast_to(w[None], (B, *w.shape)), block, _rows(states, layer, 0, W), z)[:, :, 0]
 
 
-def close_block(state: jax.Array, block: Block) -> jax.Array:
-    """The state (B, G, W, 2M) after the block, in its dtype."""
-    eye = jnp.eye(state.shape[-1] // 2, dtype=block.decays.dtype)[None]
-    re, im = (x[..., None] * eye for x in jnp.moveaxis(_decay(block), 1, 0))
-    # With the decays as matrices of flattened planes, XLA adds two products in one pass over the state. Complex
-    # arithmetic on planes would take several passes.
-    decay = complex_matrix(re, im)
-    decayed = jnp.einsum("gom,bgwm->bgwo", decay, state.astype(decay.dtype), precision="highest")
-    increment = jnp.einsum("bsgw,sgm->bgwm", block.tokens.astype(decay.dtype), _lags(block), precision="highest")
-    return (decayed + increment).astype(state.dtype)
+def close_blocks(states: jax.Array, block: Block) -> jax.Array:
+    """The states (L, B, G, W, 2M) of a stack of layers after a block each, in their dtype.
+
+    Args:
+      states: before the block.
+      block: of the stack, with an axis L before the others; all layers have as many tokens.
+    """
+    K = block.tokens.shape[2]
+    decay = jax.lax.dynamic_index_in_dim(block.decays, block.count[0], axis=1, keepdims=False)
+    lags = jax.lax.dynamic_slice_in_dim(block.lags, K - block.count[0], K, axis=1)
+    if not blockwise_tpu.fits(states):
+        return _close(states, block.tokens, decay, lags)
+    return jax.lax.platform_dependent(states, block.tokens, decay, lags, tpu=blockwise_tpu.close, default=_close)
+
+
+def _close(states: jax.Array, tokens: jax.Array, decay: jax.Array, lags: jax.Array) -> jax.Array:
+    """decay X + sum_s lags_s z_s^T, layer by layer; shapes as in `blockwise_tpu.close`."""
+    eye = jnp.eye(states.shape[-1] // 2, dtype=decay.dtype)[None]
+
+    def close(states, layer):
+        state, z, d, lag = (
+            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (states, tokens, decay, lags)
+        )
+        # With the decays as matrices of flattened planes, XLA adds two products in one pass over the state. Complex
+        # arithmetic on planes would take several passes.
+        re, im = (x[..., None] * eye for x in jnp.moveaxis(d, 1, 0))
+        decayed = jnp.einsum("gom,bgwm->bgwo", complex_matrix(re, im), state.astype(d.dtype), precision="highest")
+        added = jnp.einsum("bsgw,sgm->bgwm", z.astype(d.dtype), lag, precision="highest")
+        return jax.lax.dynamic_update_index_in_dim(states, (decayed + added).astype(state.dtype), layer, axis=0), None
+
+    return jax.lax.scan(close, states, jnp.arange(states.shape[0]))[0]
 
 
 def _rows(states: jax.Array, layer: jax.Array, start: int, width: int) -> jax.Array:

@@ -46,7 +46,7 @@ def test_every_row_has_its_time_and_bound(tmp_path, capsys, mixers, whole):
 
 
 def test_nothing_is_timed_that_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(blockwise, "close_block", lambda state, block: state * 1.01)
+    monkeypatch.setattr(blockwise, "close_blocks", lambda states, block: states * 1.01)
     with pytest.raises(SystemExit, match="cpu, interdomain: relative error .* of decoding; not timed"):
         run_main(bench_decode, *TOY, "--mixer=interdomain", "--prefix=16")
     assert "interdomain" not in capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_a_step_on_v5e_moves_what_it_must(libtpu, tmp_path, batch_size, at_least
     (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
     # Of 64 rows less than the least of tokens one by one: inside a block states are only read.
     assert row["token_bytes"] / row["least_bytes"] > at_least
-    assert row["block_share_bytes"] / row["least_bytes"] < 0.12
+    assert row["block_share_bytes"] / row["least_bytes"] < 0.03
     assert (row["token_bytes"] + row["block_share_bytes"]) / row["least_bytes"] < 1.05
     # Temporaries hold no copy of the 2.6 GB of weights; of 64 rows, one matrix of each layer in another layout.
     assert row["decode_bytes"] < {1: 0.1e9, 64: 1e9}[batch_size]
