@@ -84,15 +84,19 @@ class ShortConv(nnx.Module):
           segments: the documents of the tokens, or None for one document a row.
         """
         before = self.width - 1
-        padded = with_tail(x, tail, self.width)
-        if segments is None:
-            return padded[:, x.shape[1] :]
-        run = jnp.pad(segments.run, ((0, 0), (before, 0)))
-        # The inputs up to the last token that is not padding, without those of other documents.
-        index = (segments.last + 1)[:, None] + jnp.arange(before)[None]
-        rows = jnp.arange(padded.shape[0])[:, None]
-        same = run[rows, index] == run[rows, index[:, -1:]] if before else jnp.ones(index.shape, bool)
-        return jnp.where(same[..., None], padded[rows, index], 0)
+        if segments is None or before == 0:
+            return with_tail(x, tail, self.width)[:, x.shape[1] :]
+        # The inputs up to the last token that is not padding, without those of other documents. They are looked up in
+        # x and in the tail: to put one behind the other would copy all of x.
+        index = (segments.last + 1)[:, None] + jnp.arange(-before, 0)[None]
+        rows, in_x = jnp.arange(x.shape[0])[:, None], index >= 0
+        inputs = x[rows, jnp.maximum(index, 0)]
+        if tail is not None:
+            inputs = jnp.where(in_x[..., None], inputs, tail[rows, jnp.minimum(index, -1) + before].astype(x.dtype))
+        run = jnp.where(in_x, segments.run[rows, jnp.maximum(index, 0)], 0)
+        last_run = jnp.where(segments.last < 0, 0, segments.run[rows[:, 0], jnp.maximum(segments.last, 0)])
+        is_input = (run == last_run[:, None]) & (in_x if tail is None else True)
+        return jnp.where(is_input[..., None], inputs, 0)
 
 
 class StateBasis(nnx.Module):

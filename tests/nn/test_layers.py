@@ -89,6 +89,19 @@ def test_short_convolution_carries_its_tail(rng):
     np.testing.assert_array_equal(tail, x[:, -3:])
 
 
+@pytest.mark.parametrize("has_tail", [True, False])
+def test_the_tail_after_fewer_tokens_than_taps(rng, has_tail):
+    """Of a document that goes on, of padding alone, of a token before padding, and of a document that begins."""
+    ids = jnp.asarray([[0, 0], [-1, -1], [0, -1], [0, 1]])
+    x = rng.normal(size=(4, 2, 3)).astype(np.float32)
+    tail = rng.normal(size=(4, 3, 3)).astype(np.float32) * has_tail
+    actual = ShortConv(3, 4, "G", rngs=nnx.Rngs(0)).next_tail(
+        jnp.asarray(x), jnp.asarray(tail) if has_tail else None, find_segments(ids)
+    )
+    expected = [[tail[0, 2], *x[0]], tail[1], [*tail[2, 1:], x[2, 0]], [np.zeros(3), np.zeros(3), x[3, 1]]]
+    np.testing.assert_array_equal(actual, np.asarray(expected))
+
+
 def test_basis_starts_as_s4d_inv():
     M = 64
     basis = StateBasis(200, SSMConfig(num_modes=M), rngs=nnx.Rngs(0))()
