@@ -1,7 +1,8 @@
-"""The names that settings may take, the errors for one that is not among them, and the classes of mixers."""
+"""The names that settings may take, the errors for one that is not among them, and the classes behind names."""
 
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4),
     "dual_linear": "idattn.nn.interdomain:DualLinear",
 }
 MIXERS: Mapping[str, str] = {**CELLS, "ideal": "idattn.nn.ideal:IdealAttention"}
+TRACKERS: Mapping[str, str] = {"wandb": "idattn.train.trackers:WeightsAndBiases"}
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -39,18 +41,33 @@ def find_mixer(name: str) -> Any:
     Raises:
       ValueError: there is none of this name, or its class lacks what a mixer must define.
     """
+    return _find_class("mixer", name, MIXERS, "idattn.nn.Mixer")
+
+
+def find_tracker(name: str) -> Any:
+    """The class of an experiment tracker, a subclass of `idattn.train.Tracker`.
+
+    Args:
+      name: of `TRACKERS`, or "module:Class" for a tracker of one's own.
+
+    Raises:
+      ValueError: there is none of this name, or its class lacks what a tracker must define.
+    """
+    return _find_class("tracker", name, TRACKERS, "idattn.train.Tracker")
+
+
+def _find_class(kind: str, name: str, known: Mapping[str, str], base_name: str) -> Any:
+    """The subclass of a class of this package that a name of `known`, or "module:Class", means."""
     if ":" not in str(name):
-        check_choice("mixer", name, MIXERS)
-    module, _, attribute = MIXERS.get(name, name).partition(":")
+        check_choice(kind, name, known)
+    module, _, attribute = known.get(name, name).partition(":")
     try:
-        mixer = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"mixer={name!r} must be one of {', '.join(MIXERS)} or module:Class ({error}).") from error
-    base = importlib.import_module("idattn.nn.mixer").Mixer
-    if not (isinstance(mixer, type) and issubclass(mixer, base)):
-        raise ValueError(f"mixer={name!r} must be a subclass of idattn.nn.Mixer.")
-    if mixer.__abstractmethods__:
-        raise ValueError(
-            f"mixer={name!r} must define {', '.join(sorted(mixer.__abstractmethods__))}; see idattn.nn.Mixer."
-        )
-    return mixer
+        raise ValueError(f"{kind}={name!r} must be one of {', '.join(known)} or module:Class ({error}).") from error
+    base = pkgutil.resolve_name(base_name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{kind}={name!r} must be a subclass of {base_name}.")
+    if missing := getattr(found, "__abstractmethods__", None):
+        raise ValueError(f"{kind}={name!r} must define {', '.join(sorted(missing))}; see {base_name}.")
+    return found

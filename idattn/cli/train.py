@@ -20,6 +20,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.", required=True)
     flags.DEFINE_string("init_from", "", "Checkpoint whose weights a new run starts from, a folder or hf:OWNER/NAME.")
     flags.DEFINE_list("profile", ["0", "0"], "FIRST,LAST: the steps of a window to profile.")
+    flags.DEFINE_multi_string(
+        "tracker", [], "Where metrics go too: wandb, or module:Class; may be given several times."
+    )
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,ID; empty for one process.")
 
 
@@ -57,4 +60,4 @@ def profile_window(values: list[str]) -> tuple[int, int]:
 def main(_):
     profile = profile_window(FLAGS.profile)
     connect(FLAGS.distributed)
-    train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile=profile)
+    train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile=profile, trackers=FLAGS.tracker)

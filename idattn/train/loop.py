@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from idattn.chips import device_peak_flops
+from idattn.choices import find_tracker
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, training_flops_per_token
 from idattn.data import count_epochs, digests, eval_batches, load_data, train_iterator
@@ -27,6 +28,7 @@ from idattn.train.metrics import MetricsWriter, plot_losses, read_metrics
 from idattn.train.step import State, Trainer
 from idattn.train.stop import StopRequest
 from idattn.train.storage import LocalFolder, exclusive
+from idattn.train.trackers import Tracker
 
 
 def train(
@@ -35,6 +37,7 @@ def train(
     *,
     init_from: str = "",
     profile: tuple[int, int] = (0, 0),
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a language model, or resume the run that is in `workdir`; resumed runs are bit-exact.
 
@@ -54,6 +57,7 @@ def train(
       init_from: a checkpoint whose weights a new run starts from; its model and tokenizer must be the config's.
       profile: first and last step (from 1) of a window to profile into `workdir/profile`; (0, 0) for none.
         A run that is resumed within the window or after it is not profiled.
+      trackers: where metrics go too: "wandb", or "module:Class" for a subclass of `idattn.train.Tracker`.
 
     A request to stop (SIGTERM, a preemption notice, Ctrl-C) takes effect after the step that is under way: all
     processes save the same step, and the call returns.
@@ -70,14 +74,21 @@ def train(
     """
     if not isinstance(config, Config):
         config = from_config_dict(config)
-    run = _Run(config, resolve_path(workdir), init_from, profile)
+    run = _Run(config, resolve_path(workdir), init_from, profile, [find_tracker(name) for name in trackers])
     with exclusive(run.workdir):
         return run.run()
 
 
 class _Run:
-    def __init__(self, config: Config, workdir: epath.Path, init_from: str, profile: tuple[int, int]):
-        self.config, self.workdir, self.profile = config, workdir, profile
+    def __init__(
+        self,
+        config: Config,
+        workdir: epath.Path,
+        init_from: str,
+        profile: tuple[int, int],
+        trackers: Sequence[type[Tracker]],
+    ):
+        self.config, self.workdir, self.profile, self.trackers = config, workdir, profile, trackers
         self.tokenizer, self.train_windows, self.val_windows = load_data(config.data)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
@@ -122,6 +133,8 @@ class _Run:
                     history = read_metrics(self.workdir / "metrics.jsonl")
                     losses = (row.get("val_loss") for row in history)  # null where it was not finite
                     self.best = min((loss for loss in losses if loss is not None), default=self.best)
+                    for tracker in self.trackers:
+                        self.writer.trackers.append(tracker(self.config, self.workdir, start))
                 done, state = self._steps(start, state, saved)
                 if done == start == settings.steps:
                     self._evaluate(state)

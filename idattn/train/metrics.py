@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from tensorboardX import SummaryWriter
 
 from idattn.files import resolve_path, write_atomic, write_figure
 from idattn.train.storage import LocalFolder
+from idattn.train.trackers import Tracker
 
 
 class MetricsWriter:
     """Writes scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`; a context manager, for one process.
 
-    In TensorBoard the names are grouped: `val/loss` is the file's `val_loss`, `train/loss` its `loss`, and so on.
+    It hands them to its `trackers` too, a list to append to, and closes these. There and in TensorBoard the names are
+    grouped: `val/loss` is the file's `val_loss`, `train/loss` its `loss`, and so on.
 
     Args:
       workdir: folder of the run. On a disk each line is there at once, in a bucket after `upload` and at the end.
@@ -28,6 +31,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int):
+        self.trackers: list[Tracker] = []
         workdir = resolve_path(workdir)
         stored = workdir / "metrics.jsonl"
         earlier = [row for row in read_metrics(stored) if row["step"] <= resume_step] if stored.exists() else []
@@ -48,10 +52,13 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
-        self._local.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        with ExitStack() as stack:  # every one of these runs, whatever another raises
+            for tracker in self.trackers:
+                stack.callback(tracker.close, kind is not None)
+            stack.callback(self._local.close)
+            stack.callback(self._tensorboard.close)
+            stack.callback(self._file.close)
 
     def upload(self) -> None:
         """Have a bucket show what was written; call it before a checkpoint, since a resume writes later steps alone."""
@@ -69,9 +76,12 @@ class MetricsWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+        tags = {name: f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}" for name in values}
+        grouped = {tags[name]: value for name, value in values.items()}
+        for tag, value in grouped.items():
             self._tensorboard.add_scalar(tag, value, step)
+        for tracker in self.trackers:
+            tracker.write(int(step), grouped)
 
 
 def plot_losses(workdir: epath.PathLike, baselines: Mapping[str, float] | None = None) -> epath.Path:
