@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 SOURCES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -59,6 +61,26 @@ def test_search(site):
     pages = {source.with_suffix(".html").name for source in SOURCES}
     assert pages == {location.partition("#")[0] or "index.html" for location in locations}
     assert "api.html#idattn.nn.InterdomainAttention" in locations
+
+
+def test_search_loads_scripts_alone(site):
+    """From the disk a browser loads scripts, but starts no workers and requests no files."""
+    main, index = ((site / "search" / name).read_text() for name in ("main.js", "index.js"))
+    assert not re.search(r"Worker|XMLHttpRequest|fetch|getScript", main)
+    assert "lunr" in index and (site / "search" / "search_index.json").read_text() in index
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(
+    ("query", "expected"), [("symbolic", "./flax.html#export"), ("jax.export", "export"), ("xyzq", "")]
+)
+def test_search_from_the_disk(site, query, expected):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+    page = f"{(site / 'layer.html').as_uri()}?q={query}"
+    done = subprocess.run([*command, page], capture_output=True, text=True, timeout=120, check=True)
+    (results,) = re.findall(r'<div id="properdocs-search-results".*?>(.*?)</div>', done.stdout, re.DOTALL)
+    links = re.findall(r'<a href="(.+?)">', results)
+    assert any(expected in link for link in links) if expected else results == "No results found"
 
 
 def test_api_reference_opens_with_the_layer(site):
