@@ -40,7 +40,7 @@ PROGRAMS = {
 TRACEBACK = "IDATTN_TRACEBACK"
 # Errors that tell of a mistake of the user, wherever they come from, and those that do if this package raises them.
 _ALWAYS = (flags.Error, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-_OURS = (ValueError, NotImplementedError, ImportError, ConnectionError)
+_OURS = (ValueError, NotImplementedError, ImportError, OSError)
 _PACKAGE = str(Path(idattn.__file__).parent)
 
 
@@ -84,7 +84,7 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run a program, and exit with its status.
 
     A mistake of the user ends it with one line and status 2: a flag that does not parse, a path that is not as it must
-    be, or what this package raises as a ValueError, NotImplementedError, ImportError or ConnectionError. Errors of
+    be, or what this package raises as a ValueError, NotImplementedError, ImportError or OSError. Errors of
     libraries show a traceback; with the environment variable IDATTN_TRACEBACK=1 all do.
 
     Args:

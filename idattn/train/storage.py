@@ -47,7 +47,7 @@ def writing(workdir: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{workdir=} cannot be written ({error}); name a folder that can.") from error
+        raise OSError(f"workdir={str(workdir)!r} cannot be written ({error}); name a folder that can.") from error
 
 
 class LocalFolder:

@@ -18,10 +18,15 @@ from idattn.choices import check_choice
 from idattn.cli import PROGRAMS, run
 
 def define_flags():
-    flags.DEFINE_enum("by", "rule", ["rule", "library", "path", "nothing"], "What fails.")
+    flags.DEFINE_enum("by", "rule", ["rule", "library", "path", "folder", "nothing"], "What fails.")
+
+def full():
+    from idattn.train.storage import writing
+    with writing("runs/x"):
+        raise OSError("No space left on device")
 
 def main(arguments):
-    {"rule": lambda: check_choice("colour", "gren", ["green"]), "library": lambda: json.loads("{"),
+    {"rule": lambda: check_choice("colour", "gren", ["green"]), "library": lambda: json.loads("{"), "folder": full,
      "path": lambda: open("/no/such"), "nothing": lambda: logging.info("a detail")}[flags.FLAGS.by]()
     logging.warning("a warning")
 
@@ -79,7 +84,8 @@ def test_a_reader_may_close_its_end_of_the_pipe(arguments, unbuffered):
     [
         ("--by=rule", "", 2, "idattn fake: colour='gren' is not known. Did you mean 'green'? It must be one of green."),
         ("--by=path", "", 2, "idattn fake: [Errno 2] No such file or directory: '/no/such'"),
-        ("--by=ruel", "", 2, "idattn fake: flag --by=ruel: value should be one of <rule|library|path|nothing>"),
+        ("--by=folder", "", 2, "idattn fake: workdir='runs/x' cannot be written (No space left on device); name a"),
+        ("--by=ruel", "", 2, "idattn fake: flag --by=ruel: value should be one of <rule|library|path|folder|nothing>"),
         ("--bye=rule", "", 2, "idattn fake: Unknown command line flag 'bye'. Did you mean: by ?"),
         ("--by=library", "", 1, "json.decoder.JSONDecodeError: Expecting property name enclosed in double quotes"),
         ("--by=rule", "1", 1, "ValueError: colour='gren' is not known."),

@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up(finished, tmp_path, compilation_cache):
 
 def test_a_folder_that_cannot_be_written(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"workdir=.*file/run'\) cannot be written .*name a folder that can"):
+    with pytest.raises(OSError, match=r"workdir='.*file/run' cannot be written .*name a folder that can"):
         train(make_config(corpus), tmp_path / "file" / "run")
 
 
