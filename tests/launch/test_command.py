@@ -1,6 +1,7 @@
 """The command `idattn`: its list of programs, and how mistakes of users and of libraries end a program."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,15 @@ def test_libraries_only_warn(tmp_path, flags, messages):
     command, settings = [sys.executable, "fake.py", "--by=nothing", *flags], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == messages
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu(libtpu):
+    """It is installed to compile with; loaded to look for a TPU, it prints alarms, and a stack trace at SIGTERM."""
+    code = "import idattn, jax, time; print(jax.devices(), flush=True); time.sleep(60)"
+    settings = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS" and not name.startswith("TPU_")}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        devices = process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate()
+    assert (devices, errors, process.returncode) == (b"[CpuDevice(id=0)]\n", b"", -signal.SIGTERM)
