@@ -27,7 +27,7 @@ define overlay
 	@touch $(1)/.ready
 endef
 
-.PHONY: help quickstart test test-slow test-gpu-compile lint types format docs wheel clean
+.PHONY: help quickstart test test-slow test-gpu-compile lint types format docs notebooks wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,10 @@ format: $(DEV)  ## apply style and format
 
 docs: $(DOCS)  ## build the site below site/
 	$(RUN) -m properdocs build --strict
+
+notebooks: $(LIBTPU)  ## run the notebooks and store their outputs
+	$(RUN) notebooks/execute.py notebooks/0[123]_*.ipynb
+	$(LIBTPU_RUN) notebooks/execute.py notebooks/04_pod.ipynb
 
 wheel: $(CORE)  ## build the wheel below dist/
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
