@@ -35,6 +35,12 @@ class Kernel(NamedTuple):
         return math.prod(self.call.params["grid_mapping"].grid)
 
     @property
+    def working_steps(self) -> float:
+        """Those that do more than skip a block; they differ for the causal blocks of JAX's splash attention."""
+        blocks = self.call.params["grid_mapping"].grid[-1]
+        return self.steps * ((blocks + 1) / (2 * blocks) if self.name.startswith("splash_mha") else 1)
+
+    @property
     def hbm_bytes(self) -> int:
         """Bytes that the grid moves, a block whenever its index changes from one step to the next."""
         return _traffic(self.call.params["grid_mapping"])
@@ -79,9 +85,11 @@ def count_bundles(kernel: Kernel, topology: str, dump: str) -> tuple[int, int]:
 
 
 def kernel_cycles(kernel: Kernel, topology: str, dump: str) -> float:
-    """About the cycles of a run of the kernel: bundles times steps, shared by the cores where an axis is parallel."""
+    """About the cycles of a run: bundles times steps that work, shared by the cores where an axis is parallel."""
     parallel = "parallel" in (getattr(kernel.call.params["compiler_params"], "dimension_semantics", None) or ())
-    return count_bundles(kernel, topology, dump)[0] * kernel.steps / (chip_of(topology).cores if parallel else 1)
+    return (
+        count_bundles(kernel, topology, dump)[0] * kernel.working_steps / (chip_of(topology).cores if parallel else 1)
+    )
 
 
 def predict(function: Callable[..., Any], arguments: Sequence[Any], topology: str) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from idattn.chips import CHIPS
+from idattn.ops.softmax import splash
 from idattn.plan.compiler import load_compiler
 from idattn.plan.hlo import kernel_call, parse
 from idattn.plan.schedules import find_kernels
@@ -39,6 +40,18 @@ def test_traffic_and_products_of_a_kernel(chip, cycles):
     assert kernel.mxu_cycles(CHIPS[chip]) == 12 * cycles
     assert kernel.operands == ("bf16[32,64]", "bf16[64,48]")
     json.dumps([kernel.steps, kernel.hbm_bytes])  # which an integer of numpy's would refuse
+
+
+def test_masked_blocks_of_splash_attention_do_not_count():
+    """Four by four blocks, of which ten are on the diagonal or below it, in both passes."""
+    q = jax.ShapeDtypeStruct((3, 2048, 2, 128), jnp.bfloat16)
+    traced = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(splash(q, q, q).astype(jnp.float32))))(q)
+    kernels = find_kernels(traced.jaxpr)
+    assert len(kernels) == 2 and all(x.name.startswith("splash_mha") for x in kernels)
+    for kernel in kernels:
+        assert (kernel.steps, kernel.working_steps) == (3 * 2 * 16, 3 * 2 * 10)
+    (other,) = find_kernels(jax.make_jaxpr(blocked_product)(jnp.ones((32, 64)), jnp.ones((64, 48))).jaxpr)
+    assert other.working_steps == other.steps
 
 
 def test_a_call_in_hlo_is_that_of_its_kernel():
