@@ -268,3 +268,31 @@ def ideal_forward(
             gamma = coefficients[b, h, :, R:]
             o[b, t, h] = scores[h] @ gamma / scores[h, 0] if scores[h, 0] > floor else gamma[0]
     return o, coefficients
+
+
+def adaptive_forward(case: Case, readout: str, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and the final state, where the case has `log_steps`, `gains` or both, (B, T, G): token by token."""
+    ids, c = _ids(case["q"], segment_ids), _dense_c(case)
+    q, k, v = (_clean(case[name], ids) for name in ("q", "k", "v"))
+    (B, T, G, R), E, J = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
+    state = _initial(case, (B, G, c.shape[1], R + E)).copy()
+    f = {"transpose": lambda x: x, "hermitian": np.conj, "real": np.real}[readout]
+    o = np.zeros((B, T, G * J, E))
+    for b, g in np.ndindex(B, G):
+        x = state[b, g]
+        for t, continues in _real_tokens(ids[b]):
+            token = {name: np.asarray(case[name])[g : g + 1] for name in ("log_delta", "a_log", "a_imag")}
+            if "log_steps" in case:
+                token["log_delta"] = token["log_delta"] + case["log_steps"][b, t, g]
+            lam, beta = (y[0] for y in discretize(token))
+            x = continues * lam[:, None] * x
+            keys, values, address, u = x[:, :R] + np.outer(beta, k[b, t, g]), x[:, R:], beta, v[b, t, g]
+            if "gains" in case:
+                w = c[g].T @ f(c[g] @ keys @ k[b, t, g])
+                u = case["gains"][b, t, g] * (u - (w @ values).real)
+                address = w.conj() / (np.sum(np.abs(w) ** 2) + 1e-12)
+            x = np.concatenate([keys, values + np.outer(address, u)], axis=1)
+            for h in range(g * J, (g + 1) * J):
+                o[b, t, h] = (c[g].T @ f(c[g] @ x[:, :R] @ q[b, t, h]) @ x[:, R:]).real
+        state[b, g] = x
+    return o, _rows(state)

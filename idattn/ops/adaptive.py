@@ -1,0 +1,200 @@
+"""Interdomain Attention whose clock and writes follow the data: beyond the paper (docs/beyond.md)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from idattn.choices import READOUTS, check_choice
+from idattn.ops import adaptive_chunks
+from idattn.ops.adaptive_chunks import FLOOR, Inputs
+from idattn.ops.api import interdomain_attention
+from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
+from idattn.ops.chunks import decay_state
+from idattn.ops.discretize import Basis, discretize, mode_weights
+from idattn.ops.planes import flatten_planes, real_part_row
+from idattn.ops.segments import PADDING, Segments
+from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
+
+BACKENDS = ("auto", "chunkwise", "recurrent")  # of `idattn.ops.BACKENDS`
+
+
+def adaptive_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    basis: Basis,
+    *,
+    log_steps: jax.Array | None = None,
+    gains: jax.Array | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    segment_ids: SegmentIds | Segments | None = None,
+    initial_state: State | None = None,
+    readout: str = "transpose",
+) -> tuple[Outputs, State]:
+    """Interdomain Attention with a clock, `log_steps`, or corrective writes, `gains`, or both.
+
+        delta_t = Delta exp(log_steps_t),  lambda_t = exp(delta_t a),  beta_t = (lambda_t - 1) / a
+        X_{k,t} = lambda_t X_{k,t-1} + beta_t k_t^T
+        w_t = C^T f(C X_{k,t} k_t),  p_t = conj(w_t) / |w_t|^2          where the key reads
+        X_{v,t} = lambda_t X_{v,t-1} + p_t u_t^T,  u_t = b_t (v_t - Re(w_t^T lambda_t X_{v,t-1}))
+
+    Without gains, p_t = beta_t and u_t = v_t. The queries read X_t as in `idattn.ops.interdomain_attention`, which has
+    the other arguments too. A correction is b_t times a projection: it moves what the key reads toward v_t and leaves
+    what is orthogonal to it, so that states stay bounded whatever the keys. The backward pass keeps only the inputs.
+
+    Args:
+      q: (B, T, H, R).
+      k: (B, T, G, R).
+      v: (B, T, G, E).
+      basis: parameters of the G states.
+      log_steps: (B, T, G), the logarithm of a token's step relative to Delta; None for 0, the paper's clock.
+      gains: (B, T, G), b in [0, 1]; None for u_t = v_t, the paper's write.
+      backend: "auto" and "chunkwise" are matrix products over chunks, "recurrent" is token by token.
+      chunk_size: tokens in a chunk, of which the largest power of two up to 32 is taken; None for 32. Changes speed and
+        memory only.
+      segment_ids, initial_state, readout: as in `idattn.ops.interdomain_attention`.
+
+    Returns:
+      The outputs (B, T, H, E) in the dtype of `q`, and the state (B, G, R + E, 2M).
+
+    Raises:
+      ValueError: a shape, dtype or chunk size does not fit, or a name is unknown.
+    """
+    check_choice("readout", readout, READOUTS)
+    check_choice("backend", backend, BACKENDS)
+    check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
+    B, T, H, R = q.shape
+    G, E = k.shape[2], v.shape[3]
+    check_shape("k", k, (B, T, G, R), "B T G R, with B, T and R those of q")
+    check_shape("v", v, (B, T, G, E), "B T G E, with B, T and G those of k")
+    for name, x in {"log_steps": log_steps, "gains": gains}.items():
+        if x is not None:
+            check_shape(name, x, (B, T, G), "B T G, a number for each token and state")
+    if H % G:
+        raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
+    if log_steps is None and gains is None:
+        raise ValueError("log_steps=None and gains=None leave the paper's op; use interdomain_attention.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
+    dtype = state_dtype(basis, q, k, v)
+    state = check_state(initial_state, (B, G, R + E, 2 * check_basis(basis, G)), dtype)
+    basis, segments = cast(basis, dtype), check_segments(segment_ids, B, T)
+    steps, gains = (None if x is None else x.astype(dtype)[..., None] for x in (log_steps, gains))
+    inputs = Inputs(q, k, v, steps, gains)
+    if backend == "recurrent":
+        return _recurrent(inputs, basis, state, segments, readout)
+    if gains is None:
+        return _with_clock(readout, chunk_size, inputs, basis, state, segments)
+    return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, chunk_size=chunk_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_clock(readout: str, chunk_size: int | None, inputs: Inputs, basis: Basis, state, segments):
+    """A clock alone. Where all steps are Delta, the numbers are those of the paper's op, to the last bit."""
+
+    def paper():
+        return interdomain_attention(
+            inputs.q, inputs.k, inputs.v, basis, chunk_size=chunk_size, segment_ids=segments, initial_state=state,
+            return_state=True, readout=readout,
+        )  # fmt: skip
+
+    def clock():
+        return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, chunk_size=chunk_size)
+
+    assert inputs.log_steps is not None, "the clock's steps"
+    return jax.lax.cond(jnp.all(inputs.log_steps == 0), paper, clock)
+
+
+def _with_clock_forward(readout: str, chunk_size: int | None, *arguments):
+    return _with_clock(readout, chunk_size, *arguments), arguments
+
+
+def _with_clock_backward(readout: str, chunk_size: int | None, arguments, cotangents):
+    """By the clock in any case: the paper's op has no steps that a gradient could reach."""
+    *arrays, segments = arguments
+    attend = partial(adaptive_chunks.attend, segments=segments, readout=readout, chunk_size=chunk_size)
+    return *jax.vjp(attend, *arrays)[1](cotangents), None
+
+
+_with_clock.defvjp(_with_clock_forward, _with_clock_backward)
+
+
+def adaptive_step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    basis: Basis,
+    state: State,
+    *,
+    log_steps: jax.Array | None = None,
+    gains: jax.Array | None = None,
+    readout: str = "transpose",
+) -> tuple[jax.Array, State]:
+    """One token of `adaptive_attention`: with gains, about twice the work of `idattn.ops.step`.
+
+    Args:
+      q: (B, H, R).
+      k: (B, G, R).
+      v: (B, G, E).
+      basis: parameters of the G states.
+      state: (B, G, R + E, 2M) before the token.
+      log_steps, gains: (B, G) each, or None.
+      readout: as in `idattn.ops.interdomain_attention`.
+
+    Returns:
+      The outputs (B, H, E) in the dtype of `q`, and the state after the token, float32 or wider.
+    """
+    (B, H, R), G = q.shape, k.shape[1]
+    dtype = state_dtype(basis, q, k, v)
+    basis, state = cast(basis, dtype), state.astype(dtype)
+    q_, k, v = (x.astype(dtype) for x in (q, k, v))
+    if log_steps is None:
+        lam, beta = (x[None] for x in discretize(basis))
+    else:
+        lam, beta = jax.vmap(lambda g: discretize(basis._replace(log_delta=basis.log_delta + g)))(
+            log_steps.astype(dtype)
+        )
+    state, beta = decay_state(lam, state), flatten_planes(beta)  # (B, G, W, 2M), (B or 1, G, 2M)
+
+    def read(keys, rows):  # (B, G, J, R) -> weights on the modes with the sign of Re, (B, G, J, 2M)
+        y = jnp.einsum("bgjr,bgrm->bgjm", rows, keys, precision="highest")
+        return real_part_row(mode_weights(basis, readout, y))
+
+    keys = state[:, :, :R] + beta[:, :, None] * k[..., None]
+    values, address = state[:, :, R:], beta
+    if gains is not None:
+        w = read(keys, k[:, :, None])[:, :, 0]
+        v = gains.astype(dtype)[..., None] * (v - jnp.einsum("bgm,bgem->bge", w, values, precision="highest"))
+        address = w / (jnp.sum(w**2, axis=-1, keepdims=True) + FLOOR)
+    values = values + address[:, :, None] * v[..., None]
+    state = jnp.concatenate([keys, values], axis=-2)
+    w = read(keys, q_.reshape(B, G, H // G, R))
+    o = jnp.einsum("bgjm,bgem->bgje", w, values, precision="highest")
+    return o.reshape(B, H, -1).astype(q.dtype), state
+
+
+def _recurrent(
+    inputs: Inputs, basis: Basis, state: jax.Array, segments: Segments | None, readout: str
+) -> tuple[jax.Array, jax.Array]:
+    """`adaptive_step` over the tokens of each row."""
+    B, T = inputs.q.shape[:2]
+    run = jnp.zeros((B, T), jnp.int32) if segments is None else segments.run
+    starts = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
+    is_token = run != PADDING
+    # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
+    inputs = jax.tree.map(lambda x: jnp.where(is_token[..., None, None], x, 0), inputs)
+
+    @jax.checkpoint
+    def advance(state, token):
+        x, starts, is_token = token
+        before = jnp.where(starts[:, None, None, None], 0, state)
+        steps, gains = (None if y is None else y[..., 0] for y in (x.log_steps, x.gains))
+        o, after = adaptive_step(x.q, x.k, x.v, basis, before, log_steps=steps, gains=gains, readout=readout)
+        state = jnp.where(is_token[:, None, None, None], after, state)
+        return state, jnp.where(is_token[:, None, None], o, 0)
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, starts, is_token))
+    state, o = jax.lax.scan(advance, state, tokens)
+    return jnp.moveaxis(o, 0, 1), state
