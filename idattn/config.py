@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
-from idattn.choices import BASES, FEATURES, MIXERS, READOUTS, check_choice, find_mixer
+from idattn.choices import BASES, CORES, FEATURES, MIXERS, READOUTS, WRITES, check_choice, find_mixer
 from idattn.ops.api import AUTO, BACKENDS
 
 REMAT: Mapping[str, str] = {
@@ -33,6 +33,8 @@ class SSMConfig:
     num_modes: int = 64  # M, basis functions of the state [P]
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
     conv_width: int = 4  # taps of the causal depthwise convolutions [P]
+    core: str = "fixed"  # or "clock", Delta times exp of a bounded projection of the token; interdomain only
+    write: str = "add"  # or "delta", values correct what the state answers to their key; interdomain only
     readout: str = "transpose"  # Re of xi(q)^T U^T Gamma; or "hermitian", "real" [O]
     a_init: str = "s4d_inv"  # start of the frequencies [P]; or "s4d_lin", pi n, or "uniform", 2 pi n / (M Delta)
     c: str = "full"  # "full" (M, M), "diagonal" (M,) or "identity" (no parameter) [P]
@@ -50,6 +52,8 @@ class SSMConfig:
         check_positive(self, "c_init_scale", "delta_min")
         if not self.delta_min <= self.delta_max:
             raise ValueError(f"delta_min={self.delta_min} must not exceed delta_max={self.delta_max}.")
+        check_choice("core", self.core, CORES)
+        check_choice("write", self.write, WRITES)
         check_choice("readout", self.readout, READOUTS)
         check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))

@@ -119,6 +119,8 @@ BROKEN = [
     *at_least(SSM, 1, "num_modes", "heads_per_kv", "conv_width"),
     *positive(SSM, "c_init_scale", "delta_min"),
     (SSM, {"delta_min": 0.5, "delta_max": 0.25}, "delta_min=0.5 must not exceed delta_max=0.25."),
+    unknown(SSM, "core", "clok", "clock"),
+    unknown(SSM, "write", "dleta", "delta"),
     unknown(SSM, "readout", "hermitain", "hermitian"),
     unknown(SSM, "a_init", "unifrom", "uniform"),
     unknown(SSM, "c", "diag", "diagonal"),

@@ -10,11 +10,20 @@ s4d            [a, b]               linear    -         (s4d_rope: a)
 from flax import nnx
 
 from idattn.config import ComputeConfig, ModelConfig, SSMConfig
+from idattn.nn.adaptive import AdaptiveCore
 from idattn.nn.readout import LinearReadout, QueryReadout
-from idattn.nn.ssm import SSMMixer
+from idattn.nn.ssm import SSMCore, SSMMixer
 
 
-class InterdomainAttention(SSMMixer):
+class _Adaptable(SSMMixer):
+    """A mixer that has a clock (`ssm.core`) and corrective writes (`ssm.write`) where it is asked for them."""
+
+    @classmethod
+    def core_type(cls, config: ModelConfig) -> type[SSMCore]:
+        return AdaptiveCore if AdaptiveCore.controls(config) else SSMCore
+
+
+class InterdomainAttention(_Adaptable):
     """The paper's layer (eq. 10-13) by itself, for use in any model: `y, state = layer(x)` with x and y (B, T, D).
 
     The layer computes in the dtype of x, a floating-point one. Parameters are float32; the state is float32, or float64
@@ -29,6 +38,8 @@ class InterdomainAttention(SSMMixer):
       num_modes: M, basis functions of a state, at least 1.
       heads_per_kv: query heads that share a state, a divisor of H.
       conv_width: taps of the causal depthwise convolutions, at least 1.
+      core: "fixed", or "clock", whose steps depend on the tokens; see `idattn.ops.adaptive_attention`.
+      write: "add", or "delta", whose values correct what the state answers to their key; see there.
       readout: "transpose" (eq. 13), "hermitian" or "real"; see `idattn.ops.interdomain_attention`.
       a_init: the start of the modes' frequencies: "s4d_inv", crowded at low ones; "s4d_lin", pi n; or "uniform",
         2 pi n / (M Delta), with which a state tells the last M tokens apart.
@@ -59,6 +70,8 @@ class InterdomainAttention(SSMMixer):
         num_modes: int = 64,
         heads_per_kv: int = 1,
         conv_width: int = 4,
+        core: str = "fixed",
+        write: str = "add",
         readout: str = "transpose",
         a_init: str = "s4d_inv",
         c: str = "full",
@@ -71,9 +84,9 @@ class InterdomainAttention(SSMMixer):
         norm_bias_init: float = 0.0,
     ):
         ssm = SSMConfig(
-            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, readout=readout, a_init=a_init, c=c,
-            c_init=c_init, c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max,
-            rope_position=rope_position, output_gate=output_gate, norm_bias_init=norm_bias_init,
+            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, core=core, write=write,
+            readout=readout, a_init=a_init, c=c, c_init=c_init, c_init_scale=c_init_scale, delta_min=delta_min,
+            delta_max=delta_max, rope_position=rope_position, output_gate=output_gate, norm_bias_init=norm_bias_init,
         )  # fmt: skip
         config = ModelConfig(
             vocab_size=1,
@@ -87,7 +100,7 @@ class InterdomainAttention(SSMMixer):
         self._build(config, rope, config.init_std, compute, rngs)
 
 
-class Interdomain(SSMMixer):
+class Interdomain(_Adaptable):
     """The paper's layer as a mixer of `LanguageModel`."""
 
     feature_map, readout, rope = True, QueryReadout(), True

@@ -42,6 +42,18 @@ class Linear(nnx.Module):
         return product(x, self.weight[...].astype(x.dtype), self.dims)  # cast first, so that fewer bytes are gathered
 
 
+class Control(nnx.Module):
+    """x W + b, a number for each of G states, starting at 0."""
+
+    def __init__(self, num_in: int, num_states: int):
+        self.weight = param(jnp.zeros((num_in, num_states)), "D", "G", group="matrix")
+        self.bias = param(jnp.zeros(num_states), "G")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, T, num_in) -> (B, T, G)."""
+        return product(x, self.weight[...].astype(x.dtype), ("D", "G")) + self.bias[...].astype(x.dtype)[None, None]
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale, of the residual stream (..., D)."""
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, at_last_token, exclusive_scan, halo, where_continued
-from idattn.nn.layers import HeadNorm, Linear, ShortConv, StateBasis, param
+from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
 from idattn.ops import Basis, blockwise
@@ -95,6 +95,11 @@ class SSMCore(nnx.Module):
         for name, part in parts.items():
             setattr(self, name, part)
 
+    @classmethod
+    def controls(cls, config: ModelConfig) -> tuple[str, ...]:
+        """The names of further projections that the core reads, of a number for each state."""
+        return ()
+
     def __call__(
         self,
         projected: dict[str, jax.Array],
@@ -114,7 +119,8 @@ class SSMCore(nnx.Module):
         k = prepare("key", rotate=self.rope, mapped=self.feature_map, norm=self.key_norm)  # eq. 10, 12
         v = prepare("value", norm=self.value_norm)  # eq. 12
         q = prepare("query", rotate=self.rope, mapped=True) if self.readout.by_query else None  # eq. 10
-        o, after = self._attend(q, k, v, after, documents, memory, axis)  # eq. 11, 13
+        controls = {name: projected[name] for name in self.controls(self.config)}
+        o, after = self._attend(q, k, v, controls, after, documents, memory, axis)  # eq. 11, 13
         return checkpoint_name(o.reshape(*projected["key"].shape[:2], -1), "mixer"), after
 
     def _tails(
@@ -164,6 +170,7 @@ class SSMCore(nnx.Module):
         q: jax.Array | None,
         k: jax.Array,
         v: jax.Array,
+        controls: dict[str, jax.Array],
         tails: dict[str, jax.Array],
         documents: Documents,
         memory: SSMMemory | SSMBlockMemory | None,
@@ -237,10 +244,18 @@ class SSMMixer(Mixer):
         else:
             c_out = ssm.num_modes**-0.5 * jax.random.normal(rngs.params(), (G, ssm.num_modes))
             parts["c_out"] = param(c_out, "G", "M", group="ssm")
-        self.core = SSMCore(config, type(self), rope=rope, compute=compute, **parts)
+        core = self.core_type(config)
+        for name in core.controls(config):
+            setattr(self, name, Control(D, G))
+        self.core = core(config, type(self), rope=rope, compute=compute, **parts)
         width = self.readout.output_width(config)
         self.gate = projection(width, "H") if ssm.output_gate else None
         self.output = Linear(width, D, ("H", "D"), std=residual_std, rngs=rngs)
+
+    @classmethod
+    def core_type(cls, config: ModelConfig) -> type[SSMCore]:
+        """The class of the core."""
+        return SSMCore
 
     def mix(self, x: jax.Array, documents: Documents, memory: Any) -> tuple[jax.Array, Any]:
         projected = {name: getattr(self, name)(x) for name in self._widths()}
@@ -274,7 +289,9 @@ class SSMMixer(Mixer):
         tails = {name: spec(*lead, "B", None, "G") for name in self.core.conv_names}
         return SSMMemory(spec(*lead, "B", "G"), tails)
 
-    def open_block(self, stack: SSMMemory, size: int, dtype: jnp.dtype) -> SSMBlockMemory:
+    def open_block(self, stack: SSMMemory, size: int, dtype: jnp.dtype) -> SSMMemory | SSMBlockMemory:
+        if self.core.controls(self.config):  # blocks are for states whose steps and writes do not depend on the tokens
+            return stack
         _, B, _, width, _ = stack.state.shape
         graphdef, params = nnx.split(self.core.basis)
         blocks = jax.vmap(lambda x: blockwise.open_block(nnx.merge(graphdef, x)(), B, size, width, dtype))(params)
@@ -288,6 +305,7 @@ class SSMMixer(Mixer):
         projections = 2 * D * (2 * narrow + width + queries + (width if ssm.output_gate else 0))
         convolved = narrow * (1 if cls.feature_map else 2) + queries
         # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
+        projections += 2 * D * G * len(cls.core_type(config).controls(config))
         return projections + 2 * ssm.conv_width * convolved + G * 10 * M * 2 * R + cls.readout.flops(config)
 
     @classmethod
@@ -298,6 +316,12 @@ class SSMMixer(Mixer):
     def check(cls, config: ModelConfig) -> None:
         """Raise a ValueError where rotary positions or a linear readout do not fit the heads."""
         check_rope(config, cls.rope)
+        ssm = config.ssm
+        if cls.core_type(config) is SSMCore and (ssm.core, ssm.write) != ("fixed", "add"):
+            raise ValueError(
+                f"core={ssm.core!r} and write={ssm.write!r} are for the mixers interdomain and interdomain_norope; use "
+                f"core='fixed' and write='add' with {cls.__name__}."
+            )
         if not cls.readout.by_query and config.ssm.heads_per_kv > 1:
             raise ValueError(
                 f"heads_per_kv={config.ssm.heads_per_kv} needs a readout by queries: a linear one has none."
@@ -306,6 +330,7 @@ class SSMMixer(Mixer):
     def _widths(self) -> dict[str, int]:
         """The channels of every projection that the core reads; right for stacked layers too."""
         names = ("key", "value", "query") if self.readout.by_query else ("key", "value")
+        names += self.core.controls(self.config)
         return {name: getattr(self, name).weight.shape[-1] for name in names}
 
 

@@ -120,6 +120,7 @@ def test_token_by_token_equals_whole(name):
 
 
 SSM_OPTIONS = [
+    {"write": "delta"},
     {"readout": "hermitian"},
     {"readout": "real"},
     {"a_init": "s4d_lin"},
@@ -143,6 +144,29 @@ def test_options_change_the_layer_and_keep_its_modes_equal(options):
     y, _ = run(layer, x)
     assert not np.allclose(y, run(plain, x)[0], rtol=1e-2)
     assert_close(token_by_token(layer, x)[0], y, "float32", reduction=T * D)
+
+
+def test_a_clock_starts_as_the_paper_and_then_leaves_it():
+    """Bit for bit at the start; with weights, one token after another is the whole, and resets forget, as ever."""
+    options = {"compute": COMPUTE, "num_modes": 5}
+    plain, layer, both = (
+        InterdomainAttention(D, 2, rngs=nnx.Rngs(1), **options, **adaptive)
+        for adaptive in ({}, {"core": "clock"}, {"core": "clock", "write": "delta"})
+    )
+    x = inputs()
+    np.testing.assert_array_equal(run(layer, x)[0], run(plain, x)[0])
+    for mixer in (layer, both):
+        mixer.clock.weight[...] = jax.random.normal(jax.random.key(0), mixer.clock.weight.shape)
+        y, _ = run(mixer, x)
+        assert not np.allclose(y, run(plain, x)[0], rtol=1e-2)
+        assert_close(token_by_token(mixer, x)[0], y, "float32", reduction=T * D)
+    ids = jnp.asarray([[0] * 4 + [1] * (T - 4)] * B)
+    assert_close(run(both, x, ids)[0][:, 4:], run(both, x[:, 4:])[0], "float32", reduction=T * D)
+
+
+def test_other_mixers_refuse_a_clock():
+    with pytest.raises(ValueError, match="core='clock' and write='add' are for the mixers interdomain"):
+        make_mixer("s4d", core="clock")
 
 
 @pytest.mark.parametrize("name", MIXERS)
