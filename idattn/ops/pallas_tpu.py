@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from idattn.ops import prepare_tpu
 from idattn.ops.backend import Backend
 from idattn.ops.chunks import Tables
+from idattn.ops.platforms import requires
 from idattn.ops.tpu_kernels import (
     BACKWARD_TABLES,
     FORWARD_TABLES,
@@ -22,7 +23,6 @@ from idattn.ops.tpu_kernels import (
     Block,
     backward_kernel,
     forward_kernel,
-    requires_tpu,
     starts_kernel,
 )
 
@@ -173,7 +173,7 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
         ),
         interpret=interpret,
         name="interdomain_" + kernel.__name__.removesuffix("_kernel"),
-    )(last_chunk.astype(jnp.int32) + (0 if interpret else requires_tpu()), *arrays)
+    )(last_chunk.astype(jnp.int32) + (0 if interpret else requires("tpu", "pallas_tpu")), *arrays)
 
 
 def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False) -> Block:

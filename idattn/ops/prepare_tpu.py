@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from idattn.ops.platforms import requires
 from idattn.ops.prepare import FLOOR, HeadInputs, Preparation, Rule
-from idattn.ops.tpu_kernels import LANES, requires_tpu
+from idattn.ops.tpu_kernels import LANES
 
 TOKENS = 128  # of a block
 HALO = 16  # rows before a block that are loaded with it, the least that bfloat16 loads
@@ -306,7 +307,7 @@ def _call(x, tail, params, rotary, positions, d_y=None, *, plan: Plan, interpret
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="prepare_" + kernel.__name__.removesuffix("_kernel"),
-    )(jnp.zeros(1, jnp.int32) + (0 if interpret else requires_tpu()), *arrays)
+    )(jnp.zeros(1, jnp.int32) + (0 if interpret else requires("tpu", "pallas_tpu")), *arrays)
 
 
 def _plan(inputs: HeadInputs, preparation: Preparation) -> Plan:

@@ -13,41 +13,16 @@ to lags t - s, and back. A roll goes to the right only. So products that are abo
 a permutation matrix), or read tables from the largest lag to the smallest.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 LANES = 128
 FORWARD_TABLES = ("lags", "spread", "readout")
 BACKWARD_TABLES = ("lags", "spread", "late_lags", "late_spread", "readout")
-
-
-_requires_tpu = Primitive("requires_tpu")  # 0 when compiled for a TPU, an error when compiled for anything else
-_requires_tpu.def_abstract_eval(lambda: ShapedArray((), jnp.int32))
-_requires_tpu.def_impl(lambda: jax.jit(_requires_tpu.bind)())
-mlir.register_lowering(
-    _requires_tpu, mlir.lower_fun(lambda: jnp.zeros((), jnp.int32), multiple_results=False), platform="tpu"
-)
-
-
-@functools.partial(mlir.register_lowering, _requires_tpu)
-def _refuse(ctx):
-    raise NotImplementedError(
-        "backend='pallas_tpu' was asked for, and this is compiled for another platform than TPU; "
-        "use backend='chunkwise', or 'auto', which takes the kernels on TPUs only."
-    )
-
-
-def requires_tpu() -> jax.Array:
-    """0 where it is compiled for a TPU; NotImplementedError elsewhere."""
-    return _requires_tpu.bind()
 
 
 class Block(NamedTuple):
