@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from idattn.choices import READOUTS, check_choice
-from idattn.ops import chunk_linear, chunks, chunkwise, fft, pallas_tpu, prepare, recurrent
+from idattn.ops import chunk_linear, chunks, chunkwise, fft, pallas_gpu, pallas_tpu, prepare, recurrent
 from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
 from idattn.ops.backend import Backend, Rule
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
@@ -20,7 +20,14 @@ from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 # In the order in which "auto" tries those that prefer a platform; chunkwise serves every platform.
 BACKENDS = {
     backend.name: backend
-    for backend in (pallas_tpu.BACKEND, chunkwise.BACKEND, chunkwise.ASSOCIATIVE, recurrent.BACKEND, fft.BACKEND)
+    for backend in (
+        pallas_tpu.BACKEND,
+        pallas_gpu.BACKEND,
+        chunkwise.BACKEND,
+        chunkwise.ASSOCIATIVE,
+        recurrent.BACKEND,
+        fft.BACKEND,
+    )
 }
 AUTO = "auto"
 
@@ -72,10 +79,11 @@ def interdomain_attention(
       backend: a name of `BACKENDS` or a record: "recurrent" (the literal recurrence: the reference, slow), "chunkwise"
         (matrix products over chunks), "fft" (convolutions by FFT: for the linear readout, no segments; of queries a
         reference for small T), "associative" (chunkwise, but the states run through the chunks in a parallel scan;
-        with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only) or "auto" (by the
-        platform that is compiled for: pallas_tpu on TPUs where it can run, else chunkwise).
+        with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only), "pallas_gpu"
+        (kernels for Hopper GPUs only, which no card has run yet) or "auto" (by the platform that is compiled for:
+        pallas_tpu on TPUs where it can run, else chunkwise).
       chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
-        multiple of 128.
+        multiple of 128, pallas_gpu one of 64.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
         -1 marks padding, whose output is 0 and which leaves the state as it is. None for one document a row; or the
         result of `idattn.ops.segments.find_segments`.
@@ -119,7 +127,9 @@ def interdomain_attention(
         rule = chosen.rule
         if backend == AUTO:
             offers = [
-                (x, x.rule, x.requirement(q, k, v, M, size, dtype)) for x in BACKENDS.values() if x.rule is not None
+                (x, x.rule, x.requirement(q, k, v, M, size, dtype))
+                for x in BACKENDS.values()
+                if x.platforms and x.rule is not None
             ]
             rule = _by_platform("interdomain_attention", offers, chosen.name, rule)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from support import helpers, oracles
+from support.gpu import InterpretGPUParams
 
-from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step, pallas_tpu, step
+from idattn.ops import Basis, interdomain_attention, linear_readout, linear_step, pallas_gpu, pallas_tpu, step
 from idattn.ops.einsum import einsum_f32
 
 XLA_BACKENDS = ("recurrent", "associative", "chunkwise")
@@ -25,7 +26,10 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 # The kernels are interpreted, with NaN wherever they have not written.
-INTERPRETED = {"pallas_tpu": pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan"))}
+INTERPRETED = {
+    "pallas_tpu": pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan")),
+    "pallas_gpu": pallas_gpu.interpreted(InterpretGPUParams(uninitialized_memory="nan")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,7 @@ FLOAT64 = [
 FLOAT32 = [
     *((backend, Shape(29, 8, 1, "real", "full", True, True)) for backend in (*XLA_BACKENDS, "fft")),
     *(("pallas_tpu", shape) for shape in [*SHAPES[:3], *SHAPES[4:]]),
+    *(("pallas_gpu", shape) for shape in SHAPES[:1]),
 ]
 
 
@@ -224,7 +229,24 @@ def test_kernels_with_heads_across_tiles():
     judge(attention("pallas_tpu", K, "transpose"), case, "transpose", "float32", ids, rng, check)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "fft"])
+def test_gpu_kernels_over_chunks():
+    rng = np.random.default_rng(12)
+    T, K = 9, 4
+    case = helpers.random_case(rng, B=2, T=T, H=2, G=2, R=4, E=3, M=5, fast_phase=np.pi)
+    check, ids = close("float32", T * 5), np.stack([helpers.random_segments(rng, T) for _ in range(2)])
+    judge(attention("pallas_gpu", K, "hermitian"), case, "hermitian", "float32", ids, rng, check)
+
+
+def test_gpu_kernels_with_several_tiles():
+    """Two chunks of two tiles of 64 tokens, whose documents cross tiles, and two query heads for a state."""
+    rng = np.random.default_rng(13)
+    T, K = 150, 128
+    case = helpers.random_case(rng, B=1, T=T, H=2, G=1, R=4, E=3, M=5, fast_phase=np.pi)
+    ids = np.repeat([0, 1, PADDING, 1], [50, 40, 10, 50])[None].astype(np.int32)
+    judge(attention("pallas_gpu", K, "transpose"), case, "transpose", "float32", ids, rng, close("float32", T * 5))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "pallas_gpu", "fft"])
 def test_bfloat16_inputs(backend):
     """Root mean square errors at most 1 % of every head's output and gradients, for Delta from 1e-5 to 1.
 
@@ -247,7 +269,8 @@ def test_bfloat16_inputs(backend):
         ratio = np.sqrt(np.mean(error**2, axis=axes) / np.mean(expected**2, axis=axes))
         assert np.all(ratio <= 0.01), f"{name}: root mean square error ratio {ratio}"
 
-    judge(attention(backend, 16, "transpose"), case, "transpose", "bfloat16", None, rng, check)
+    chunk_size = 36 if backend == "pallas_gpu" else 16  # whose interpreter takes 0.1 s a chunk and query head
+    judge(attention(backend, chunk_size, "transpose"), case, "transpose", "bfloat16", None, rng, check)
 
 
 @pytest.mark.parametrize("backend", [*XLA_BACKENDS, "fft"])

@@ -1,0 +1,385 @@
+"""The bodies of the GPU kernels of `idattn.ops.pallas_gpu`: what one program makes of a query head and a chunk.
+
+See `idattn.ops.chunks` for the equations. A program loads what it needs of its chunk once and takes the chunk's tokens
+in tiles of 64, one after another. A tile's chain of products stays in registers and shared memory (SMEM). Complex
+numbers are pairs of matrices, their planes, since registers can be neither cut nor joined freely.
+
+The skew. Products by token are written to SMEM in rows of `pitch` elements and read back in rows of one more: row r
+then starts r elements later, so that columns by token s become columns by lag. Rows of one less do the opposite. The
+lags of a tile stand in descending order.
+
+A machine has the few operations that depend on the GPU, or on there being none.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from idattn.ops.pallas_gpu import TILE
+
+SPREAD = 8  # elements by which rows of a tile are longer, so that rows lie in different banks of SMEM
+
+
+class Block(NamedTuple):
+    """The sizes of a program."""
+
+    K: int  # tokens in a chunk
+    J: int  # query heads for each key-value head
+    R: int
+    E: int
+    M: int  # padded
+    has_segments: bool
+
+    @property
+    def rows(self) -> int:
+        """Tokens in a tile."""
+        return min(self.K, TILE)
+
+    @property
+    def tiles(self) -> int:
+        return self.K // self.rows
+
+    @property
+    def pitch(self) -> int:
+        return self.K + SPREAD
+
+    @property
+    def skew_elements(self) -> int:
+        """The room for a tile in rows of up to `pitch` + 1, at any offset up to K."""
+        return self.rows * (self.pitch + 1) + self.K
+
+    @property
+    def planes(self) -> tuple[int, int]:
+        return 0, 1
+
+
+def swizzle(rows: int, columns: int) -> int:
+    """The elements of 16 bits by which a matrix is swizzled: the most that divide both its dimensions."""
+    return next(elements for elements in (64, 32, 16) if rows % elements == 0 and columns % elements == 0)
+
+
+class Hopper:
+    """Products by wgmma: the left operand in registers, the right one in SMEM, loaded by TMA."""
+
+    def matrices(self, count: int, rows: int, columns: int, dtype):
+        """Shared memory for matrices, one below the other, that are right operands or are loaded."""
+        elements = swizzle(rows, columns)
+        transforms = plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(2 * elements)
+        return plgpu.SMEM((count * rows, columns), dtype, transforms=transforms)
+
+    def load(self, pairs, barrier):
+        """Copy matrices from global to shared memory: pairs (source, target), as many as `barrier` has arrivals."""
+        for source, target in pairs:
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        plgpu.barrier_wait(barrier)
+
+    def read(self, ref, *, column: bool = False):
+        """A tile, (rows, columns), from SMEM or global memory; or, `column`, one number for each row."""
+        layout = plgpu.Layout.WGMMA
+        return plgpu.load(ref, (), layout=layout.reduce(1) if column else layout, optimized=False)
+
+    def dot(self, columns: int, *products):
+        """The float32 sum of products (rows, columns): of a in registers and b in SMEM, or b^T where `transposed`."""
+
+        def accumulate(sums):
+            for a, b, transposed in products:
+                plgpu.wgmma(sums, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+            return sums[...]
+
+        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((products[0][0].shape[0], columns), jnp.float32))
+
+    def write_rows(self, value, buffer, start, pitch: int):
+        """Write a tile to a flat buffer, its rows `pitch` elements apart."""
+        rows, columns = value.shape
+        buffer.at[pl.ds(start, rows * pitch)].reshape(rows, pitch).at[:, pl.ds(0, columns)][...] = value
+
+    def read_rows(self, buffer, start, pitch: int, shape):
+        """Read a tile from a flat buffer, its rows `pitch` elements apart; `pitch` and `start` may be odd."""
+        rows, columns = shape
+        view = buffer.at[pl.ds(start, rows * pitch)].reshape(rows, pitch).at[:, pl.ds(0, columns)]
+        # WGMMA's layout, element by element instead of in pairs.
+        value = plgpu.load(view, (), layout=plgpu.Layout._WGMMA_ACC_32BIT, optimized=False)
+        return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
+
+    def iota(self, shape, axis: int):
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+    def store(self, value, buffer, target):
+        """Begin to write a tile to global memory, by way of `buffer` in SMEM; `finish` waits until all is written."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = value
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, target)
+
+    def finish(self):
+        plgpu.wait_smem_to_gmem(0)
+
+
+class Interpreted(Hopper):
+    """The same on a CPU, for tests: what Pallas does not interpret is done with arrays, at the same addresses."""
+
+    def matrices(self, count: int, rows: int, columns: int, dtype):
+        return plgpu.SMEM((count * rows, columns), dtype)
+
+    def read(self, ref, *, column: bool = False):
+        return ref[...]
+
+    def dot(self, columns: int, *products):
+        total = 0
+        for a, b, transposed in products:
+            dimensions = (((1,), (int(transposed),)), ((), ()))
+            total += lax.dot_general(
+                a, b[...], dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            )
+        return total
+
+    def write_rows(self, value, buffer, start, pitch: int):
+        rows, columns = value.shape
+        padding = lax.full((rows, pitch - columns), jnp.nan, value.dtype)
+        flat = lax.reshape(lax.concatenate([value, padding], 1), (rows * pitch,))
+        buffer[...] = lax.dynamic_update_slice(buffer[...], flat, (start,))
+
+    def read_rows(self, buffer, start, pitch: int, shape):
+        rows, columns = shape
+        return lax.reshape(lax.dynamic_slice(buffer[...], (start,), (rows * pitch,)), (rows, pitch))[:, :columns]
+
+    def iota(self, shape, axis: int):
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+class Tile(NamedTuple):
+    """A tile of a chunk, and its masks."""
+
+    block: Block
+    machine: Hopper
+    skewed: Any  # the buffer
+    first: jax.Array  # the token that the tile begins with
+    reach: jax.Array | None  # over how many lags each token sees its document; past the chunk's start, all of it
+
+    def by_lag(self, x):
+        """skew(x) of x (rows, K) by token: x by lag, descending, 0 where the token does not see as far."""
+        block, shape = self.block, x.shape
+        self.machine.write_rows(x, self.skewed, block.K - self.first, block.pitch)
+        x = self.machine.read_rows(self.skewed, 1, block.pitch + 1, shape)
+        column, token = self._indices(shape)
+        return self._where(column >= block.K - 1 - self._lags_seen(token), x)
+
+    def by_token(self, x):
+        """The opposite of `by_lag`: 0 at tokens that are not seen."""
+        block, shape = self.block, x.shape
+        self.machine.write_rows(x, self.skewed, 0, block.pitch)
+        x = self.machine.read_rows(self.skewed, block.K - 1 - self.first, block.pitch - 1, shape)
+        column, token = self._indices(shape)
+        return self._where((column <= token) & (column >= token - self._lags_seen(token)), x)
+
+    def from_start(self, x):
+        """x (rows, columns), 0 where the token does not see the state at the chunk's start."""
+        if self.reach is None:
+            return x
+        _, token = self._indices(x.shape)
+        return self._where(self._rows(x.shape) > token, x)
+
+    def _indices(self, shape):
+        # Behind a barrier, so that they are computed anew each time: held, they would fill half of the registers.
+        column, row = lax.optimization_barrier((self.machine.iota(shape, 1), self.machine.iota(shape, 0)))
+        return column, row + self.first
+
+    def _lags_seen(self, token):
+        return token if self.reach is None else lax.min(token, self._rows(token.shape))
+
+    def _rows(self, shape):
+        assert self.reach is not None
+        return lax.broadcast_in_dim(self.reach, shape, (0,))
+
+    def _where(self, seen, x):
+        return lax.select(seen, x, lax.full_like(x, 0))
+
+
+class Operands(NamedTuple):
+    """What the tiles of a chunk share, in SMEM; pairs of planes lie one below the other."""
+
+    k: Any  # (K, R)
+    v: Any  # (K, E)
+    X_k: Any  # (2R, M)
+    X_v: Any  # (2E, M)
+    lags: Any  # (2K, M), the largest lag first
+    spread: Any  # (2K, M), likewise
+    readout: Any  # (4M, M): for both planes of w those of y
+
+    @staticmethod
+    def shapes(block: Block) -> list[tuple[int, int, int]]:
+        """How many matrices each is, and their rows and columns."""
+        K, R, E, M = block.K, block.R, block.E, block.M
+        return [(1, K, R), (1, K, E), (2, R, M), (2, E, M), (2, K, M), (2, K, M), (4, M, M)]
+
+
+def _multiply(x, y, *, conjugate: bool = False):
+    """The complex product of pairs of planes, of x and the conjugate of y if so."""
+    (x_re, x_im), (y_re, y_im) = x, y
+    if conjugate:
+        return x_re * y_re + x_im * y_im, x_im * y_re - x_re * y_im
+    return x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re
+
+
+def _read(tile: Tile, q, operands: Operands, decays, keep=lambda name, *matrices: None):
+    """Queries q (rows, R) read the chunk: w, decayed_w and weights, in the dtype of q.
+
+    Args:
+      decays: a function, since they would fill a quarter of the registers from one use to the next.
+      keep: is given the intermediate results, as `idattn.ops.chunkwise.Chain` names them, when they are ready.
+    """
+    block, dot, dtype, planes = tile.block, tile.machine.dot, q.dtype, tile.block.planes
+    response = _respond(tile, q, operands)
+    decayed_response = [tile.from_start(x.astype(dtype)) for x in _multiply(response, decays())]
+    keep("decayed_response", *decayed_response)
+    scores = tile.by_lag(dot(block.K, (q, operands.k, True)).astype(dtype))
+    keep("scores", scores)
+    w = []
+    for o in planes:
+        from_start = [(decayed_response[i], _plane(operands.readout, 2 * o + i, block.M), True) for i in planes]
+        w.append(dot(block.M, (scores, _plane(operands.spread, o, block.K), False), *from_start))
+    decayed_w = [tile.from_start(x.astype(dtype)) for x in _multiply(w, decays(), conjugate=True)]
+    keep("decayed_w", *decayed_w)
+    w = [x.astype(dtype) for x in w]
+    keep("w", *w)
+    weights = dot(block.K, *((w[i], _plane(operands.lags, i, block.K), True) for i in planes))
+    weights = tile.by_token(weights.astype(dtype))
+    keep("weights", weights)
+    return w, decayed_w, weights
+
+
+def _respond(tile: Tile, q, operands: Operands):
+    block = tile.block
+    return [tile.machine.dot(block.M, (q, _plane(operands.X_k, i, block.R), False)) for i in block.planes]
+
+
+def _plane(matrices, i: int, rows: int):
+    return matrices.at[pl.ds(i * rows, rows)]
+
+
+def _indices(block: Block):
+    """The chunk's row of the batch, its number, its query head and key-value head, and the last three's counts."""
+    (b, n, h), (N, H) = (lax.axis_index(x) for x in ("b", "n", "h")), (lax.axis_size(x) for x in ("n", "h"))
+    return b, n, h, lax.div(h, jnp.int32(block.J)), N, H // block.J
+
+
+def _decays(machine: Hopper, decays_ref, g, i, block: Block):
+    return lambda: tuple(machine.read(decays_ref.at[g, plane, i]) for plane in block.planes)
+
+
+def forward_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_ref, spread_ref, readout_ref, q_ref,
+                   o_ref, *scratch, block: Block, machine: Hopper):  # fmt: skip
+    """The outputs of a chunk. Keys are (B N, K, G, width), queries and outputs (B N, tiles, rows, H, width)."""
+    *operands, q, o, skewed, barrier, tile_barrier = scratch
+    operands = Operands(*operands)
+    b, n, h, g, N, G = _indices(block)
+    chunk, state = b * N + n, (n * lax.axis_size("b") + b) * G + g
+    sources = [
+        k_ref.at[chunk, :, g], v_ref.at[chunk, :, g], X_k_ref.at[state], X_v_ref.at[state],
+        lags_ref.at[g], spread_ref.at[g], readout_ref.at[g],
+    ]  # fmt: skip
+    machine.load(zip(sources, operands, strict=True), barrier)
+
+    @pl.loop(0, block.tiles)
+    def _(i):
+        reach = machine.read(reach_ref.at[chunk, i], column=True) if block.has_segments else None
+        tile = Tile(block, machine, skewed, i * block.rows, reach)
+        machine.load([(q_ref.at[chunk, i, :, h], q)], tile_barrier)
+        _, decayed_w, weights = _read(tile, machine.read(q), operands, _decays(machine, decays_ref, g, i, block))
+        from_start = ((decayed_w[i], _plane(operands.X_v, i, block.E), True) for i in block.planes)
+        out = machine.dot(block.E, (weights, operands.v, False), *from_start)
+        machine.store(out.astype(o.dtype), o, o_ref.at[chunk, i, :, h])
+
+    machine.finish()
+
+
+class Kept(NamedTuple):
+    """The results of `chain_kernel` for each query head of each chunk, as `idattn.ops.chunkwise.Chain`.
+
+    Each is (B G N J, tiles, rows, columns); pairs of planes are two columns wide, (..., rows, 2, M).
+    """
+
+    scores: Any
+    decayed_response: Any
+    w: Any
+    decayed_w: Any
+    weights: Any
+    d_weights: Any
+    d_w: Any
+    d_scores: Any
+    d_response: Any
+    d_q: Any
+    d_decays_of_w: Any
+    d_decays_of_response: Any
+
+    @staticmethod
+    def widths(block: Block) -> "Kept":
+        """The columns of each."""
+        K, planes = (block.K,), (2, block.M)
+        return Kept(K, planes, planes, planes, K, K, planes, K, planes, (block.R,), planes, planes)
+
+
+def chain_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_ref, spread_ref, readout_ref, q_ref,
+                 d_o_ref, *refs, block: Block, machine: Hopper):  # fmt: skip
+    """What a chunk's queries compute, and its cotangents. Keys are (B G N, K, width), queries (B G N J, tiles, ...)."""
+    results, scratch = Kept(*refs[: len(Kept._fields)]), refs[len(Kept._fields) :]
+    *operands, q_tile, d_o_tile, pairs, plane, skewed, barrier, tile_barrier = scratch
+    operands, dot, planes, M = Operands(*operands), machine.dot, block.planes, block.M
+    b, n, h, g, N, G = _indices(block)
+    key, state = (b * G + g) * N + n, (n * lax.axis_size("b") + b) * G + g
+    query, dtype = key * block.J + h - g * block.J, q_tile.dtype
+    sources = [
+        k_ref.at[key], v_ref.at[key], X_k_ref.at[state], X_v_ref.at[state],
+        lags_ref.at[g], spread_ref.at[g], readout_ref.at[g],
+    ]  # fmt: skip
+    machine.load(zip(sources, operands, strict=True), barrier)
+
+    @pl.loop(0, block.tiles)
+    def _(i):
+        def keep(name, *matrices):
+            target = getattr(results, name)
+            if len(matrices) == 1:
+                machine.store(matrices[0], pairs, target.at[query, i])
+            else:
+                for p in planes:
+                    machine.store(matrices[p].astype(dtype), plane, target.at[query, i, :, p])
+
+        machine.load([(q_ref.at[query, i], q_tile), (d_o_ref.at[query, i], d_o_tile)], tile_barrier)
+        reach = machine.read(reach_ref.at[b * N + n, i], column=True) if block.has_segments else None
+        tile = Tile(block, machine, skewed, i * block.rows, reach)
+        decays = _decays(machine, decays_ref, g, i, block)
+        q, d_o = machine.read(q_tile), machine.read(d_o_tile)
+        w, _, _ = _read(tile, q, operands, decays, keep)
+
+        # o = P v + decayed_w X_v, P = skew(w lags^T), decayed_w = w conj(decays), since w carries the sign of Re
+        d_decayed_w = [tile.from_start(dot(M, (d_o, _plane(operands.X_v, p, block.E), False))) for p in planes]
+        wide = [x.astype(jnp.float32) for x in w]
+        keep("d_decays_of_w", *_multiply(wide, d_decayed_w, conjugate=True))
+        d_w_of_start = _multiply(d_decayed_w, decays())
+        d_weights = tile.by_lag(dot(block.K, (d_o, operands.v, True)).astype(dtype))
+        keep("d_weights", d_weights)
+        d_w = [
+            (dot(M, (d_weights, _plane(operands.lags, p, block.K), False)) + d_w_of_start[p]).astype(dtype)
+            for p in planes
+        ]
+        keep("d_w", *d_w)
+        # w = skew(S) spread + readout decayed_response, decayed_response = response decays
+        d_scores = dot(block.K, *((d_w[p], _plane(operands.spread, p, block.K), True) for p in planes))
+        d_scores = tile.by_token(d_scores.astype(dtype))
+        keep("d_scores", d_scores)
+        d_decayed_response = [
+            tile.from_start(dot(M, *((d_w[o], _plane(operands.readout, 2 * o + p, M), False) for o in planes)))
+            for p in planes
+        ]
+        keep("d_decays_of_response", *_multiply(d_decayed_response, _respond(tile, q, operands), conjugate=True))
+        d_response = [x.astype(dtype) for x in _multiply(d_decayed_response, decays(), conjugate=True)]
+        keep("d_response", *d_response)
+        # S = q k^T and response = q X_k^T
+        from_start = ((d_response[p], _plane(operands.X_k, p, block.R), True) for p in planes)
+        d_q = dot(block.R, (d_scores, operands.k, False), *from_start)
+        machine.store(d_q.astype(dtype), q_tile, results.d_q.at[query, i])
+        machine.finish()

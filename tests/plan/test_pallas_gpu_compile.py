@@ -1,0 +1,50 @@
+"""The kernels of `pallas_gpu` compiled for a Hopper GPU that is not there, and what registers they spill."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from idattn.ops import interdomain_attention
+from idattn.plan.compiler import compile_for
+from idattn.plan.op_shapes import OpShape, abstract_inputs
+
+# Bytes that forward and backward may spill, a few more than docs/kernels.md records.
+CASES = [
+    (OpShape(4, 4, 64, 64, 64), 64, True, 64, 256),
+    (OpShape(4, 4, 64, 64, 64), 128, True, 512, 2048),
+    (OpShape(4, 2, 64, 64, 64), 128, False, 512, 2048),
+    (OpShape(2, 2, 96, 96, 64), 64, False, 512, 2048),
+    (OpShape(2, 2, 32, 48, 20), 64, True, 512, 2048),
+]
+
+
+@pytest.mark.parametrize(("shape", "chunk_size", "segments", "forward_spills", "backward_spills"), CASES)
+def test_the_kernels_compile(
+    gpu_compile, monkeypatch, capfd, shape, chunk_size, segments, forward_spills, backward_spills
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def op(q, k, v, basis, g, ids, state):
+        options = dict(segment_ids=ids, initial_state=state, return_state=True)
+
+        def forward(*inputs):
+            return interdomain_attention(*inputs, backend="pallas_gpu", chunk_size=chunk_size, **options)
+
+        (o, state), pullback = jax.vjp(forward, q, k, v, basis)
+        return o, state, pullback((g, state))
+
+    ids = jax.ShapeDtypeStruct((2, 300), jnp.int32) if segments else None
+    inputs = abstract_inputs(shape, 2, 300, jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((2, shape.G, shape.R + shape.E, 2 * shape.M), jnp.float32) if segments else None
+    text = compile_for("h100", op, *inputs, ids, state).as_text()
+    assert text.count("mosaic_gpu") >= 2
+    report = capfd.readouterr()
+    pattern = r"function 'interdomain_(\w+?)_mosaic\w+' for '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    kernels = {x[1]: x.groups()[1:] for x in re.finditer(pattern, report.out + report.err, re.DOTALL)}
+    print(shape, chunk_size, kernels)
+    assert kernels.keys() == {"forward", "chain"}
+    assert {architecture for architecture, *_ in kernels.values()} == {"sm_90a"}
+    assert int(kernels["forward"][1]) <= forward_spills
+    assert int(kernels["chain"][1]) <= backward_spills
