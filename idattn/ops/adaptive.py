@@ -54,7 +54,9 @@ def adaptive_attention(
       backend: "auto" and "chunkwise" are matrix products over chunks, "recurrent" is token by token.
       chunk_size: tokens in a chunk, of which the largest power of two up to 32 is taken; None for 32. Changes speed and
         memory only.
-      segment_ids, initial_state, readout: as in `idattn.ops.interdomain_attention`.
+      segment_ids: (B, T) as in `idattn.ops.interdomain_attention`.
+      initial_state: (B, G, R + E, 2M), None for zeros.
+      readout: as in `idattn.ops.interdomain_attention`.
 
     Returns:
       The outputs (B, T, H, E) in the dtype of `q`, and the state (B, G, R + E, 2M).
@@ -140,7 +142,8 @@ def adaptive_step(
       v: (B, G, E).
       basis: parameters of the G states.
       state: (B, G, R + E, 2M) before the token.
-      log_steps, gains: (B, G) each, or None.
+      log_steps: (B, G), or None.
+      gains: (B, G), or None.
       readout: as in `idattn.ops.interdomain_attention`.
 
     Returns:
