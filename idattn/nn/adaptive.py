@@ -23,6 +23,11 @@ class AdaptiveCore(SSMCore):
         ssm = config.ssm
         return ("clock",) * (ssm.core == "clock") + ("gain",) * (ssm.write == "delta")
 
+    @classmethod
+    def has_key_norm(cls, config: ModelConfig) -> bool:
+        """Keys that correct are xi(k), unit vectors as the queries are, which then read what was written."""
+        return config.ssm.write == "add"
+
     def _attend(
         self,
         q: jax.Array | None,

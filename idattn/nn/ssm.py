@@ -100,6 +100,11 @@ class SSMCore(nnx.Module):
         """The names of further projections that the core reads, of a number for each state."""
         return ()
 
+    @classmethod
+    def has_key_norm(cls, config: ModelConfig) -> bool:
+        """Whether keys are normalised by eq. 12."""
+        return True
+
     def __call__(
         self,
         projected: dict[str, jax.Array],
@@ -116,7 +121,8 @@ class SSMCore(nnx.Module):
         """
         before, after = self._tails(projected, documents, memory, axis)
         prepare = partial(self._prepare, projected, before, documents)
-        k = prepare("key", rotate=self.rope, mapped=self.feature_map, norm=self.key_norm)  # eq. 10, 12
+        norm = self.key_norm if self.has_key_norm(self.config) else None
+        k = prepare("key", rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
         v = prepare("value", norm=self.value_norm)  # eq. 12
         q = prepare("query", rotate=self.rope, mapped=True) if self.readout.by_query else None  # eq. 10
         controls = {name: projected[name] for name in self.controls(self.config)}
@@ -237,14 +243,15 @@ class SSMMixer(Mixer):
         self.value = projection(G * R, "G")  # v, or b
         if not self.feature_map:
             parts["value_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
-        parts |= {"key_norm": norm(), "value_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
+        core = self.core_type(config)
+        parts |= {"key_norm": norm()} if core.has_key_norm(config) else {}
+        parts |= {"value_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
         if self.readout.by_query:
             self.query = projection(D, "H")
             parts["query_conv"] = ShortConv(D, ssm.conv_width, "H", rngs=rngs)
         else:
             c_out = ssm.num_modes**-0.5 * jax.random.normal(rngs.params(), (G, ssm.num_modes))
             parts["c_out"] = param(c_out, "G", "M", group="ssm")
-        core = self.core_type(config)
         for name in core.controls(config):
             setattr(self, name, Control(D, G))
         self.core = core(config, type(self), rope=rope, compute=compute, **parts)
