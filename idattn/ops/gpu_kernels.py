@@ -11,6 +11,7 @@ lags of a tile stand in descending order.
 A machine has the few operations that depend on the GPU, or on there being none.
 """
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,11 @@ def swizzle(rows: int, columns: int) -> int:
     return next(elements for elements in (64, 32, 16) if rows % elements == 0 and columns % elements == 0)
 
 
+def _load(ref, layout):
+    index = ((),) if "idx" in signature(plgpu.load).parameters else ()  # until jax 0.12
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
 class Hopper:
     """Products by wgmma: the left operand in registers, the right one in SMEM, loaded by TMA."""
 
@@ -80,7 +86,7 @@ class Hopper:
     def read(self, ref, *, column: bool = False):
         """A tile, (rows, columns), from SMEM or global memory; or, `column`, one number for each row."""
         layout = plgpu.Layout.WGMMA
-        return plgpu.load(ref, (), layout=layout.reduce(1) if column else layout, optimized=False)
+        return _load(ref, layout.reduce(1) if column else layout)
 
     def dot(self, columns: int, *products):
         """The float32 sum of products (rows, columns): of a in registers and b in SMEM, or b^T where `transposed`."""
@@ -102,7 +108,7 @@ class Hopper:
         rows, columns = shape
         view = buffer.at[pl.ds(start, rows * pitch)].reshape(rows, pitch).at[:, pl.ds(0, columns)]
         # WGMMA's layout, element by element instead of in pairs.
-        value = plgpu.load(view, (), layout=plgpu.Layout._WGMMA_ACC_32BIT, optimized=False)
+        value = _load(view, plgpu.Layout._WGMMA_ACC_32BIT)
         return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
 
     def iota(self, shape, axis: int):
