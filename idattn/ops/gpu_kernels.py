@@ -93,7 +93,7 @@ class Hopper:
 
         def accumulate(sums):
             for a, b, transposed in products:
-                plgpu.wgmma(sums, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+                plgpu.wgmma(sums, a, b.transpose((1, 0)) if transposed else b)
             return sums[...]
 
         return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((products[0][0].shape[0], columns), jnp.float32))
