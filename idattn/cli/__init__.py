@@ -102,6 +102,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
             print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
             sys.exit()
         app.run(module.main, argv=sys.argv, flags_parser=_parse)
+    except BrokenPipeError:  # `main` knows it: a reader has enough
+        raise
     except (*_ALWAYS, *_OURS) as error:
         if os.environ.get(TRACEBACK) or not _is_of_user(error):
             raise
