@@ -264,7 +264,7 @@ def test_backends_agree_in_the_layer():
 
 
 def test_a_call_outside_of_jit_is_one_program(monkeypatch):
-    """Its Python runs once for each shape, in gradients too, and for equal layers; numbers are those of operations."""
+    """Its Python runs once for each shape, in gradients too, and for equal layers; numbers are those under jit."""
     calls, mix = [], SSMMixer.mix
     monkeypatch.setattr(SSMMixer, "mix", lambda self, x, *others: (calls.append(x.shape), mix(self, x, *others))[1])
     layers = [make_mixer("interdomain", c_init_scale=scale) for scale in (0.3, 0.3)]
@@ -275,10 +275,11 @@ def test_a_call_outside_of_jit_is_one_program(monkeypatch):
         last, _ = layer(x[:, :1], state=state)
     assert len(calls) == 2 and {shape[1] for shape in calls} == {1, T}
     monkeypatch.undo()
-    wanted, state = layer._call(x, None, None)
+    call = nnx.jit(lambda layer, x, state: layer._call(x, None, state))
+    wanted, state = call(layer, x, None)
     assert_close(y, wanted, "float32")
-    assert_close(last, layer._call(x[:, :1], None, state)[0], "float32")
-    expected = nnx.grad(lambda layer, x: (layer._call(x, None, None)[0] ** 2).sum())(layer, x)
+    assert_close(last, call(layer, x[:, :1], state)[0], "float32")
+    expected = nnx.jit(nnx.grad(lambda layer, x: (call(layer, x, None)[0] ** 2).sum()))(layer, x)
     jax.tree.map(lambda a, b: assert_close(a, b, "float32", reduction=B * T, gradient=True), gradients, expected)
 
 
