@@ -63,10 +63,15 @@ class SSMBlockMemory(Memory):
 
     def close(self) -> SSMMemory:
         """The stack's states after the block."""
-        block = blockwise.Block(spec("L", "B", None, "G"), spec("L", None, "G"), spec("L", None, "G"), spec("L"))
         states = spec("L", "B", "G")
-        close = on_shards(blockwise.close_blocks, (states, block), states)
+        close = on_shards(blockwise.close_blocks, (states, _block_specs("L")), states)
         return SSMMemory(close(self.states, self.block), self.conv_tails)
+
+
+def _block_specs(*lead: str) -> blockwise.Block:
+    """How a block is split over the mesh, after the axes `lead` of a stack."""
+    powers = spec(*lead, None, "G")
+    return blockwise.Block(spec(*lead, "B", None, "G"), powers, powers, spec(*lead))
 
 
 class SSMCore(nnx.Module):
@@ -274,8 +279,7 @@ class SSMMixer(Mixer):
 
         heads, memories = spec("B", "T", "H"), self.memory_specs()
         if isinstance(memory, SSMBlockMemory):
-            block = blockwise.Block(spec("B", None, "G"), spec(None, "G"), spec(None, "G"), spec())
-            memories = SSMBlockMemory(spec("L", "B", "G"), memories.conv_tails, block, spec())
+            memories = SSMBlockMemory(spec("L", "B", "G"), memories.conv_tails, _block_specs(), spec())
         in_specs = (param_specs(params), dict.fromkeys(projected, heads), documents.specs())
         in_specs += (None if memory is None else memories,)
         o, memory = on_shards(core, in_specs, (heads, memories))(params, projected, documents, memory)

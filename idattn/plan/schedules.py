@@ -17,7 +17,7 @@ from jax.extend.core import jaxpr_as_fun
 from idattn.chips import Chip, chip_of
 from idattn.plan.compiler import compile_for, load_compiler
 from idattn.plan.cycles import estimate
-from idattn.plan.hlo import kernel_call, parse
+from idattn.plan.hlo import Instruction, kernel_call, parse
 
 
 class Kernel(NamedTuple):
@@ -87,9 +87,25 @@ def count_bundles(kernel: Kernel, topology: str, dump: str) -> tuple[int, int]:
 def kernel_cycles(kernel: Kernel, topology: str, dump: str) -> float:
     """About the cycles of a run: bundles times steps that work, shared by the cores where an axis is parallel."""
     parallel = "parallel" in (getattr(kernel.call.params["compiler_params"], "dimension_semantics", None) or ())
-    return (
-        count_bundles(kernel, topology, dump)[0] * kernel.working_steps / (chip_of(topology).cores if parallel else 1)
-    )
+    bundles, _ = count_bundles(kernel, topology, dump)
+    return bundles * kernel.working_steps / (chip_of(topology).cores if parallel else 1)
+
+
+def schedule_kernels(jaxpr, topology: str, dump: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """The cycles of each kernel that a jaxpr calls, by its name and the shapes of its operands."""
+    kernels = {(x.name, x.operands): x for x in find_kernels(jaxpr)}
+    return {key: kernel_cycles(x, topology, dump) for key, x in kernels.items()}
+
+
+def scheduled_cycles(costs: dict[tuple[str, tuple[str, ...]], float]) -> Callable[[Instruction], float]:
+    """The cycles of a kernel's call in a program, of the kernels that `schedule_kernels` has counted."""
+
+    def cycles(x: Instruction) -> float:
+        if (call := kernel_call(x)) not in costs:
+            raise ValueError(f"no schedule of the kernel {call}; the program has those of {[*costs]}.")
+        return costs[call]
+
+    return cycles
 
 
 def predict(function: Callable[..., Any], arguments: Sequence[Any], topology: str) -> tuple[float, float]:
@@ -113,14 +129,13 @@ def predict(function: Callable[..., Any], arguments: Sequence[Any], topology: st
 
 
 def _predict(function, arguments, topology: str, has_kernels: bool) -> tuple[float, float]:
-    chip, cycles = chip_of(topology), {}
+    chip = chip_of(topology)
     with tempfile.TemporaryDirectory() as dump:
         load_compiler(dump_to=dump if has_kernels else None)
-        for x in find_kernels(jax.make_jaxpr(function)(*arguments).jaxpr):
-            cycles[x.name, x.operands] = kernel_cycles(x, topology, dump)
+        costs = schedule_kernels(jax.make_jaxpr(function)(*arguments).jaxpr, topology, dump)
         text = compile_for(topology, function, *arguments).as_text()
     assert text is not None, "the TPU's compiler has it"
-    total = estimate(parse(text), chip, lambda x: cycles[kernel_call(x)])
+    total = estimate(parse(text), chip, scheduled_cycles(costs))
     return total.cycles / chip.clock, total.parts["kernels"] / chip.clock
 
 

@@ -15,8 +15,8 @@ from idattn.config import Config
 from idattn.costs import count_parameters, forward_flops_per_token, training_flops_per_token
 from idattn.plan.compiler import load_compiler, tpu_devices
 from idattn.plan.cycles import PARTS, estimate
-from idattn.plan.hlo import Instruction, count_collectives, kernel_call, parse
-from idattn.plan.schedules import find_kernels, kernel_cycles
+from idattn.plan.hlo import Instruction, count_collectives, parse
+from idattn.plan.schedules import find_kernels, schedule_kernels, scheduled_cycles
 from idattn.sharding import make_mesh
 from idattn.train.step import Trainer
 
@@ -101,13 +101,7 @@ def _kernel_costs(config: Config, topology: str, has_kernels: bool) -> Callable[
     if has_kernels:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             costs = pool.submit(_schedule_kernels, config, topology).result()
-
-    def cycles(x: Instruction) -> float:
-        if (call := kernel_call(x)) not in costs:
-            raise ValueError(f"no schedule of the kernel {call}; the step has those of {[*costs]}.")
-        return costs[call]
-
-    return cycles
+    return scheduled_cycles(costs)
 
 
 def _schedule_kernels(config: Config, topology: str) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -115,8 +109,7 @@ def _schedule_kernels(config: Config, topology: str) -> dict[tuple[str, tuple[st
     with tempfile.TemporaryDirectory() as dump:
         load_compiler(dump_to=dump)
         traced = Trainer(config, make_mesh(config.mesh, tpu_devices(topology))).trace_step()
-        kernels = {(x.name, x.operands): x for x in find_kernels(traced.jaxpr.jaxpr)}
-        return {key: kernel_cycles(x, topology, dump) for key, x in kernels.items()}
+        return schedule_kernels(traced.jaxpr.jaxpr, topology, dump)
 
 
 def _shard_bytes(tree: Any) -> int:
