@@ -314,9 +314,9 @@ class SSMMixer(Mixer):
         width, queries = cls.readout.output_width(config), D if cls.readout.by_query else 0
         narrow = G * R  # channels of each input of the state
         projections = 2 * D * (2 * narrow + width + queries + (width if ssm.output_gate else 0))
+        projections += 2 * D * G * len(cls.core_type(config).controls(config))
         convolved = narrow * (1 if cls.feature_map else 2) + queries
         # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
-        projections += 2 * D * G * len(cls.core_type(config).controls(config))
         return projections + 2 * ssm.conv_width * convolved + G * 10 * M * 2 * R + cls.readout.flops(config)
 
     @classmethod

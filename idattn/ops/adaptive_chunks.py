@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.chunks import apply_readout, decay_state, pad_to_chunks, zero_padding
-from idattn.ops.discretize import Basis, discretize, readout_table
+from idattn.ops.chunk_arrays import GROUP
+from idattn.ops.chunks import apply_readout, decay_state, pad_to_chunks, signed_readout, zero_padding
+from idattn.ops.discretize import Basis, discretize
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, real_part_row, to_planes
+from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, to_planes
 from idattn.ops.segments import PADDING, Segments
 from idattn.ops.tree import (
     Tree,
@@ -41,7 +42,6 @@ from idattn.ops.tree import (
 
 LARGEST_CHUNK = 32  # tokens: in longer ones, the products of tokens with tokens take more than the states' do
 FLOOR = 1e-12  # under the division by the square of an address
-GROUP = 16  # chunks worked on at the same time: enough to fill a processor, few enough to bound the memory
 
 
 class Inputs(NamedTuple):
@@ -84,8 +84,7 @@ def _attend(inputs: Inputs, basis: Basis, initial_state, segments, *, readout: s
     group = min(GROUP, -(-T // K))
     inputs, run = _pad(inputs, segments, K * group)
     count = inputs.q.shape[1] // (K * group)
-    table = readout_table(basis, readout)
-    table = conjugate(table.swapaxes(1, 2)).swapaxes(1, 2) if table.ndim == 4 else _real_part_columns(table)
+    table = signed_readout(basis, readout)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def advance(carry, tokens):
@@ -108,10 +107,6 @@ def _pad(inputs: Inputs, segments: Segments | None, size: int) -> tuple[Inputs, 
         segments = Segments(jnp.zeros((B, T), jnp.int32), jnp.full(B, T - 1, jnp.int32))
     arrays, run = pad_to_chunks(tuple(arrays), segments, size)
     return structure.unflatten(zero_padding(arrays, run)), run
-
-
-def _real_part_columns(table: jax.Array) -> jax.Array:
-    return real_part_row(table.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def _find_masks(run: jax.Array, before: jax.Array, K: int) -> Masks:

@@ -49,13 +49,17 @@ class LagTables(NamedTuple):
 
 def make_tables(basis: Basis, K: int, readout: str) -> Tables:
     """The tables of chunks of K tokens; readout as in `idattn.ops.interdomain_attention`."""
-    table = readout_table(basis, readout)
+    table = signed_readout(basis, readout)
     lags, decays = lag_tables(basis, K)
-    if table.ndim == 4:
-        table = conjugate(table.swapaxes(1, 2)).swapaxes(1, 2)
-    else:
-        table = real_part_row(table.swapaxes(-1, -2)).swapaxes(-1, -2)
     return Tables(lags, decays, table, apply_readout(table, lags[None], lags.dtype)[0])
+
+
+def signed_readout(basis: Basis, readout: str) -> jax.Array:
+    """`Tables.readout`, of chunks of any size."""
+    table = readout_table(basis, readout)
+    if table.ndim == 4:
+        return conjugate(table.swapaxes(1, 2)).swapaxes(1, 2)
+    return real_part_row(table.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def lag_tables(basis: Basis, K: int) -> LagTables:
