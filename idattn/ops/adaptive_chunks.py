@@ -214,7 +214,7 @@ def _weights_on_modes(rows, k, X_k, tree: Tree, table, masks: Masks | None) -> j
         h = level.left.shape[4]
         right, left = halves(rows, h, 4)[1], halves(k, h, 3)[0]
         y = y + join_right(respond(level.right, level.left, right, left, _level_mask(h, masks)), 4)
-    return apply_readout(table, y.reshape(-1, *y.shape[2:]), dtype).reshape(y.shape)
+    return jnp.moveaxis(apply_readout(table, jnp.moveaxis(y, 2, 0), dtype), 0, 2)
 
 
 def _weights_on_tokens(w: jax.Array, tree: Tree, masks: Masks | None, is_corrected: bool, dtype) -> jax.Array:

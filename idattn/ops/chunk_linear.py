@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from idattn.ops.chunk_arrays import (
     GROUP,
     Masks,
+    at_end,
     chunk_states,
+    columns,
     find_masks,
-    is_last,
+    from_start,
     join_chunks,
-    skew,
+    last_of,
     split_chunks,
     split_groups,
+    to_tokens,
 )
 from idattn.ops.chunks import LagTables, final_state, lag_tables, last_tokens, pad_to_chunks, zero_padding
 from idattn.ops.discretize import Basis, discretize, linear_readout_row
@@ -42,11 +45,10 @@ def linear(
     (z,), run = pad_to_chunks((z,), segments, chunk_size)
     (z,) = zero_padding((z,), run)
     masks = find_masks(run, tables)
-    split = split_chunks(z, tables)
-    in_end = split if masks is None else jnp.where(masks.end, split, 0)
-    starts, _ = chunk_states(in_end, tables, initial_state, masks, scan)
-    y = jax.checkpoint(_convolve, prevent_cse=False)(split, starts, tables, linear_readout_row(basis, c_out), masks)
-    start = starts[jnp.maximum(last, 0) // chunk_size, jnp.arange(B)]
+    starts, _ = chunk_states(at_end(columns(z, tables=tables), masks), tables, initial_state, masks, scan)
+    row = linear_readout_row(basis, c_out)
+    y = jax.checkpoint(_convolve, prevent_cse=False)(split_chunks(z, tables), starts, tables, row, masks)
+    start = starts[:, jnp.arange(B), jnp.maximum(last, 0) // chunk_size].swapaxes(0, 1)
     return join_chunks(y)[:, :T], final_state((z,), start, tables, initial_state, run, last)
 
 
@@ -66,11 +68,9 @@ def transfer(
         state, last_start = carry
         index, *arrays, run = chunk_group
         masks = find_masks(run, tables)
-        z = jnp.concatenate([split_chunks(x, tables) for x in arrays], axis=-1)
-        z = z if masks is None else jnp.where(masks.end, z, 0)
+        z = at_end(columns(*arrays, tables=tables), masks)
         starts, end = chunk_states(z, tables, state, masks, sequential_scan)
-        in_last = is_last(index, jnp.maximum(last, 0) // chunk_size, starts)
-        return (end, last_start + jnp.sum(jnp.where(in_last, starts, 0), axis=0)), None
+        return (end, last_start + last_of(starts, index, jnp.maximum(last, 0) // chunk_size)), None
 
     (_, start), _ = jax.lax.scan(body, (zero, zero), (jnp.arange(count), *arrays, runs))
     increment = final_state(inputs, start, tables, zero, run, last)
@@ -81,18 +81,18 @@ def transfer(
     return decay, increment
 
 
-def _convolve(z: jax.Array, starts: jax.Array, tables: LagTables, row: jax.Array, masks: Masks | None) -> jax.Array:
-    """y (B, G, N, K, W) from z (B, G, N, K, W), the chunks' start states and c_out^T C, row (G, 2M)."""
+def _convolve(z: jax.Array, starts: jax.Array, tables: LagTables, row: jax.Array, masks: Masks) -> jax.Array:
+    """y (G, B, N, K, W) from z (G, B, N, K, W), the chunks' start states and c_out^T C, row (G, 2M)."""
     dtype = z.dtype
     K = z.shape[3]
-    kernel = jnp.einsum("gm,glm->gl", row, tables.lags, precision="highest")
-    toeplitz = skew(jnp.broadcast_to(kernel[:, None], (kernel.shape[0], K, K)))
-    if masks is None:
-        y = einsum_f32("gts,bgnsw->bgntw", toeplitz, z, dtype)
+    kernel = jnp.einsum("gm,glm->gl", row, tables.lags[:, ::-1], precision="highest")
+    toeplitz = to_tokens(jnp.broadcast_to(kernel[:, None], (kernel.shape[0], K, K)))
+    if masks.start is None:
+        y = einsum_f32("gts,gbnsw->gbntw", jnp.where(masks.within[0, 0, 0], toeplitz, 0), z, dtype)
     else:
-        weights = jnp.where(masks.within[:, :, :, 0], toeplitz[None, :, None], 0)
-        y = einsum_f32("bgnts,bgnsw->bgntw", weights, z, dtype)
+        weights = jnp.where(masks.within[:, :, :, 0], toeplitz[:, None, None], 0)
+        y = einsum_f32("gbnts,gbnsw->gbntw", weights, z, dtype)
     # Re(c_out^T C lambda^{t+1} X): the row already carries the sign of the real part.
     rows = flatten_planes(complex_multiply(to_planes(row)[:, None], conjugate(tables.decays)))
-    from_start = einsum_f32("gtm,nbgwm->bgntw", rows, starts, dtype)
-    return (y + (from_start if masks is None else jnp.where(masks.start[:, :, :, 0], from_start, 0))).astype(dtype)
+    y_start = from_start(einsum_f32("gtm,gbnwm->gbntw", rows, starts, dtype)[:, :, :, None], masks)[:, :, :, 0]
+    return (y + y_start).astype(dtype)

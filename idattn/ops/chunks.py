@@ -51,7 +51,7 @@ def make_tables(basis: Basis, K: int, readout: str) -> Tables:
     """The tables of chunks of K tokens; readout as in `idattn.ops.interdomain_attention`."""
     table = signed_readout(basis, readout)
     lags, decays = lag_tables(basis, K)
-    return Tables(lags, decays, table, apply_readout(table, lags[None], lags.dtype)[0])
+    return Tables(lags, decays, table, apply_readout(table, lags, lags.dtype))
 
 
 def signed_readout(basis: Basis, readout: str) -> jax.Array:
@@ -70,24 +70,16 @@ def lag_tables(basis: Basis, K: int) -> LagTables:
 
 
 def apply_readout(table: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`Tables.readout` of flattened planes y (B, G, ..., 2M), in products of `dtype` where it is a matrix.
+    """`Tables.readout` of flattened planes y (G, ..., 2M), in products of `dtype` where it is a matrix.
 
     With its axes 1 and 2 exchanged, the table is that of the transposed map.
     """
     if table.ndim == 3:
-        return einsum_f32("bg...m,gom->bg...o", y, table, dtype)
-    table = table.reshape(1, table.shape[0], *[1] * (y.ndim - 3), *table.shape[1:])  # (1, G, 1, ..., 2, 2, M)
+        return einsum_f32("g...m,gom->g...o", y, table, dtype)
+    table = table.reshape(table.shape[0], *[1] * (y.ndim - 2), *table.shape[1:])  # (G, 1, ..., 2, 2, M)
     # Two terms rather than jnp.sum, which would have too many axes: see `merge_axes`.
     re, im = (to_planes(y)[..., None, plane, :] for plane in (0, 1))
     return flatten_planes(table[..., 0, :] * re + table[..., 1, :] * im)
-
-
-def readout_cotangent(table: jax.Array, d_w: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The cotangent of `table` in w = apply_readout(table, y), from that of w, (B, G, ..., 2M)."""
-    if table.ndim == 3:
-        return einsum_f32("bg...o,bg...m->gom", d_w, y, dtype)
-    d_w, y = (to_planes(merge_axes(x, 2, -1)) for x in (d_w, y))
-    return jnp.sum(d_w[..., :, None, :] * y[..., None, :, :], axis=(0, 2))
 
 
 def merge_axes(x: jax.Array, start: int, stop: int) -> jax.Array:

@@ -86,9 +86,11 @@ def _phi1(z: jax.Array) -> jax.Array:
     terms = 14 if z.dtype == jnp.float64 else 8  # the next one is below the rounding of 1
 
     near = jnp.where(small, z, 0)
-    # Horner's scheme of sum_n z^n / (n + 1)!, as a loop to keep the program small.
-    divisors = jnp.arange(terms, 1, -1, dtype=z.dtype)
-    series, _ = jax.lax.scan(lambda sum_, n: (one + complex_multiply(near, sum_) / n, None), one, divisors)
+    # Horner's scheme of sum_n z^n / (n + 1)!, with planes apart: one kernel, where a loop would start some a term.
+    (near_re, near_im), (re, im) = (jnp.unstack(x, axis=-2) for x in (near, one))
+    for n in range(terms, 1, -1):
+        re, im = 1 + (near_re * re - near_im * im) / n, (near_re * im + near_im * re) / n
+    series = jnp.stack([re, im], axis=-2)
 
     far = jnp.where(small, one, z)
     x, y = far[..., 0, :], far[..., 1, :]

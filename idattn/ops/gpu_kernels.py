@@ -231,27 +231,26 @@ def _multiply(x, y, *, conjugate: bool = False):
     return x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re
 
 
-def _read(tile: Tile, q, operands: Operands, decays, keep=lambda name, *matrices: None):
+def _read(tile: Tile, q, operands: Operands, decays, keep=lambda name, *matrices, start=0: None):
     """Queries q (rows, R) read the chunk: w, decayed_w and weights, in the dtype of q.
 
     Args:
       decays: a function, since they would fill a quarter of the registers from one use to the next.
-      keep: is given the intermediate results, as `idattn.ops.chunkwise.Chain` names them, when they are ready.
+      keep: is given the intermediate results when they are ready, with their names in `Kept`.
     """
     block, dot, dtype, planes = tile.block, tile.machine.dot, q.dtype, tile.block.planes
     response = _respond(tile, q, operands)
     decayed_response = [tile.from_start(x.astype(dtype)) for x in _multiply(response, decays())]
-    keep("decayed_response", *decayed_response)
+    keep("lagged", *decayed_response, start=block.K)
     scores = tile.by_lag(dot(block.K, (q, operands.k, True)).astype(dtype))
-    keep("scores", scores)
+    keep("lagged", scores)
     w = []
     for o in planes:
         from_start = [(decayed_response[i], _plane(operands.readout, 2 * o + i, block.M), True) for i in planes]
         w.append(dot(block.M, (scores, _plane(operands.spread, o, block.K), False), *from_start))
     decayed_w = [tile.from_start(x.astype(dtype)) for x in _multiply(w, decays(), conjugate=True)]
-    keep("decayed_w", *decayed_w)
+    keep("weights", *decayed_w, start=block.K)
     w = [x.astype(dtype) for x in w]
-    keep("w", *w)
     weights = dot(block.K, *((w[i], _plane(operands.lags, i, block.K), True) for i in planes))
     weights = tile.by_token(weights.astype(dtype))
     keep("weights", weights)
@@ -283,7 +282,7 @@ def forward_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_r
     *operands, q, o, skewed, barrier, tile_barrier = scratch
     operands = Operands(*operands)
     b, n, h, g, N, G = _indices(block)
-    chunk, state = b * N + n, (n * lax.axis_size("b") + b) * G + g
+    chunk, state = b * N + n, (g * lax.axis_size("b") + b) * N + n
     sources = [
         k_ref.at[chunk, :, g], v_ref.at[chunk, :, g], X_k_ref.at[state], X_v_ref.at[state],
         lags_ref.at[g], spread_ref.at[g], readout_ref.at[g],
@@ -306,18 +305,13 @@ def forward_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_r
 class Kept(NamedTuple):
     """The results of `chain_kernel` for each query head of each chunk, as `idattn.ops.chunkwise.Chain`.
 
-    Each is (B G N J, tiles, rows, columns); pairs of planes are two columns wide, (..., rows, 2, M).
+    Each is (G B N J, tiles, rows, columns); pairs of planes lie side by side.
     """
 
-    scores: Any
-    decayed_response: Any
-    w: Any
-    decayed_w: Any
+    lagged: Any
     weights: Any
-    d_weights: Any
-    d_w: Any
+    d_answers: Any
     d_scores: Any
-    d_response: Any
     d_q: Any
     d_decays_of_w: Any
     d_decays_of_response: Any
@@ -325,37 +319,36 @@ class Kept(NamedTuple):
     @staticmethod
     def widths(block: Block) -> "Kept":
         """The columns of each."""
-        K, planes = (block.K,), (2, block.M)
-        return Kept(K, planes, planes, planes, K, K, planes, K, planes, (block.R,), planes, planes)
+        modes = 2 * block.M
+        both = block.K + modes
+        return Kept(both, both, both, both, block.R, modes, modes)
 
 
 def chain_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_ref, spread_ref, readout_ref, q_ref,
                  d_o_ref, *refs, block: Block, machine: Hopper):  # fmt: skip
-    """What a chunk's queries compute, and its cotangents. Keys are (B G N, K, width), queries (B G N J, tiles, ...)."""
+    """What a chunk's queries compute, and its cotangents. Inputs as those of `forward_kernel`."""
     results, scratch = Kept(*refs[: len(Kept._fields)]), refs[len(Kept._fields) :]
     *operands, q_tile, d_o_tile, pairs, plane, skewed, barrier, tile_barrier = scratch
     operands, dot, planes, M = Operands(*operands), machine.dot, block.planes, block.M
     b, n, h, g, N, G = _indices(block)
-    key, state = (b * G + g) * N + n, (n * lax.axis_size("b") + b) * G + g
-    query, dtype = key * block.J + h - g * block.J, q_tile.dtype
+    chunk, state = b * N + n, (g * lax.axis_size("b") + b) * N + n
+    query, dtype = state * block.J + h - g * block.J, q_tile.dtype
     sources = [
-        k_ref.at[key], v_ref.at[key], X_k_ref.at[state], X_v_ref.at[state],
+        k_ref.at[chunk, :, g], v_ref.at[chunk, :, g], X_k_ref.at[state], X_v_ref.at[state],
         lags_ref.at[g], spread_ref.at[g], readout_ref.at[g],
     ]  # fmt: skip
     machine.load(zip(sources, operands, strict=True), barrier)
 
     @pl.loop(0, block.tiles)
     def _(i):
-        def keep(name, *matrices):
-            target = getattr(results, name)
-            if len(matrices) == 1:
-                machine.store(matrices[0], pairs, target.at[query, i])
-            else:
-                for p in planes:
-                    machine.store(matrices[p].astype(dtype), plane, target.at[query, i, :, p])
+        def keep(name, *matrices, start=0):
+            buffer = pairs if len(matrices) == 1 else plane
+            for p, x in enumerate(matrices):
+                columns = pl.ds(start + p * M, x.shape[1])
+                machine.store(x.astype(dtype), buffer, getattr(results, name).at[query, i, :, columns])
 
-        machine.load([(q_ref.at[query, i], q_tile), (d_o_ref.at[query, i], d_o_tile)], tile_barrier)
-        reach = machine.read(reach_ref.at[b * N + n, i], column=True) if block.has_segments else None
+        machine.load([(q_ref.at[chunk, i, :, h], q_tile), (d_o_ref.at[chunk, i, :, h], d_o_tile)], tile_barrier)
+        reach = machine.read(reach_ref.at[chunk, i], column=True) if block.has_segments else None
         tile = Tile(block, machine, skewed, i * block.rows, reach)
         decays = _decays(machine, decays_ref, g, i, block)
         q, d_o = machine.read(q_tile), machine.read(d_o_tile)
@@ -366,13 +359,13 @@ def chain_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_ref
         wide = [x.astype(jnp.float32) for x in w]
         keep("d_decays_of_w", *_multiply(wide, d_decayed_w, conjugate=True))
         d_w_of_start = _multiply(d_decayed_w, decays())
+        keep("d_answers", *d_w_of_start, start=block.K)
         d_weights = tile.by_lag(dot(block.K, (d_o, operands.v, True)).astype(dtype))
-        keep("d_weights", d_weights)
+        keep("d_answers", d_weights)
         d_w = [
             (dot(M, (d_weights, _plane(operands.lags, p, block.K), False)) + d_w_of_start[p]).astype(dtype)
             for p in planes
         ]
-        keep("d_w", *d_w)
         # w = skew(S) spread + readout decayed_response, decayed_response = response decays
         d_scores = dot(block.K, *((d_w[p], _plane(operands.spread, p, block.K), True) for p in planes))
         d_scores = tile.by_token(d_scores.astype(dtype))
@@ -383,7 +376,7 @@ def chain_kernel(reach_ref, decays_ref, k_ref, v_ref, X_k_ref, X_v_ref, lags_ref
         ]
         keep("d_decays_of_response", *_multiply(d_decayed_response, _respond(tile, q, operands), conjugate=True))
         d_response = [x.astype(dtype) for x in _multiply(d_decayed_response, decays(), conjugate=True)]
-        keep("d_response", *d_response)
+        keep("d_scores", *d_response, start=block.K)
         # S = q k^T and response = q X_k^T
         from_start = ((d_response[p], _plane(operands.X_k, p, block.R), True) for p in planes)
         d_q = dot(block.R, (d_scores, operands.k, False), *from_start)

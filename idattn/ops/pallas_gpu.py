@@ -12,19 +12,10 @@ from jax.extend.backend import get_default_device
 
 from idattn.ops import chunkwise
 from idattn.ops.backend import Backend
-from idattn.ops.chunk_arrays import (
-    GROUP,
-    chunk_states,
-    find_masks,
-    is_last,
-    split_chunks,
-    split_groups,
-    state_inputs,
-)
+from idattn.ops.chunk_arrays import at_end, chunk_states, columns, find_masks, last_of, split_groups
 from idattn.ops.chunks import Tables, zero_padding, zero_state
 from idattn.ops.planes import to_planes
 from idattn.ops.platforms import requires
-from idattn.ops.scans import sequential_scan
 from idattn.ops.segments import PADDING
 
 if TYPE_CHECKING:
@@ -75,12 +66,11 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, interpre
     from idattn.ops.gpu_kernels import forward_kernel  # loads Mosaic GPU, which not every platform has
 
     q, k, v = zero_padding((q, k.astype(q.dtype), v.astype(q.dtype)), run)
-    starts, last_start = _start_states(k, v, tables, initial_state, run, last_chunk)
+    states = chunkwise.on_gpus(_start_states)
+    starts, last_start = states(q, k, v, tables, initial_state, run, last_chunk)
     block = _choose_block(q, k, v, tables, run, interpret)
     B, T, H = q.shape[:3]
-    tokens = (x.reshape(-1, block.K, *x.shape[2:]) for x in (k, v))
-    arrays = [*tokens, *_pack_states(block, starts), *_pack_tables(block, tables, q.dtype)]
-    arrays.append(q.reshape(-1, block.tiles, block.rows, *q.shape[2:]))
+    arrays = _pack(block, q, k, v, starts, tables)
     o = jax.ShapeDtypeStruct((B * T // block.K, block.tiles, block.rows, H, block.E), q.dtype)
     scratch = [(1, block.rows, block.R), (1, block.rows, block.E)]
     o = _call(forward_kernel, block, B, H, run, tables, arrays, o, scratch, (7, 1), interpret)
@@ -88,62 +78,63 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, interpre
 
 
 def chain(q, k, v, d_o, starts, tables: Tables, masks, run, *, interpret=False) -> chunkwise.Chain:
-    """The chain of products of every query, as `idattn.ops.chunkwise.chain_of_products`, in the dtype of q."""
+    """The chain of products of every query, as `idattn.ops.chunkwise.chain_of_products`."""
     from idattn.ops.gpu_kernels import Kept, chain_kernel
 
     del masks
-    B, G, N, J, K, R = q.shape
-    dtype = q.dtype
-    block = _choose_block(q, k, v, tables, run, interpret, J)
-    keys = (x.astype(dtype).reshape(B * G * N, K, -1) for x in (k, v))
-    queries = (x.astype(dtype).reshape(-1, block.tiles, block.rows, x.shape[-1]) for x in (q, d_o))
-    arrays = [*keys, *_pack_states(block, starts.astype(dtype)), *_pack_tables(block, tables, dtype), *queries]
-    rows = (B * G * N * J, block.tiles, block.rows)
-    shapes = [jax.ShapeDtypeStruct((*rows, *width), dtype) for width in Kept.widths(block)]
-    scratch = [(1, block.rows, R), (1, block.rows, block.E), (1, block.rows, K), (1, block.rows, block.M)]
-    kept = Kept(*_call(chain_kernel, block, B, G * J, run, tables, arrays, shapes, scratch, (7, 2), interpret))
+    (B, _, H, R), (G, _, N) = q.shape, starts.shape[:3]
+    block = _choose_block(q, k, v, tables, run, interpret)
+    arrays = [*_pack(block, q, k, v, starts, tables), _tiles(block, d_o.astype(q.dtype))]
+    rows = (G * B * N * block.J, block.tiles, block.rows)
+    shapes = [jax.ShapeDtypeStruct((*rows, width), q.dtype) for width in Kept.widths(block)]
+    scratch = [(1, block.rows, R), (1, block.rows, block.E), (1, block.rows, block.K), (1, block.rows, block.M)]
+    kept = Kept(*_call(chain_kernel, block, B, H, run, tables, arrays, shapes, scratch, (7, 2), interpret))
     M = tables.decays.shape[-1]
-    kept = [x.reshape(B, G, N, J, K, *x.shape[3:]) for x in kept]
-    kept = Kept(*(x if x.ndim == 6 else x[..., :M].reshape(*x.shape[:5], 2 * M) for x in kept))
-    d_decays = kept.d_decays_of_w.astype(jnp.float32) + kept.d_decays_of_response.astype(jnp.float32)
-    return chunkwise.Chain(
-        **{name: x for name, x in kept._asdict().items() if not name.startswith("d_decays")},
-        d_decays=d_decays.reshape(B, G, N * J, K, 2 * M),
-        descending=True,
-    )
+
+    def unpack(name: str, x: jax.Array) -> jax.Array:
+        x = x.reshape(G, B, N, block.J, block.K, -1)
+        if M == block.M or name == "d_q":
+            return x
+        pairs, re, im = jnp.split(x, [x.shape[-1] - 2 * block.M, x.shape[-1] - block.M], axis=-1)
+        return jnp.concatenate([pairs, re[..., :M], im[..., :M]], axis=-1)
+
+    *arrays, d_decays_of_w, d_decays_of_response = (unpack(*item) for item in kept._asdict().items())
+    d_decays = d_decays_of_w.astype(jnp.float32) + d_decays_of_response.astype(jnp.float32)
+    return chunkwise.Chain(*arrays, d_decays=to_planes(jnp.sum(d_decays, axis=(1, 2, 3))))
 
 
 def backward(*arguments, interpret=False):
     """The cotangents of q, k, v, tables and initial_state; see `idattn.ops.chunks`."""
-    return chunkwise.backward(*arguments, chain=partial(chain, interpret=interpret))
+    return chunkwise.on_gpus(chunkwise.backward)(*arguments, chain=partial(chain, interpret=interpret))
 
 
-def _start_states(k, v, tables: Tables, initial_state, run, last_chunk):
-    """The states at the starts of all chunks, (N, B, G, W, 2M) in the dtype of k, and exactly that of `last_chunk`."""
-    (*arrays, runs), count = split_groups((k, v), run, tables, GROUP)
+def _start_states(q, k, v, tables: Tables, initial_state, run, last_chunk, *, scan, group):
+    """The states at the starts of all chunks, (G, B, N, W, 2M) in the dtype of q, and exactly that of `last_chunk`."""
+    (*arrays, runs), count = split_groups((k, v), run, tables, group)
 
     def body(carry, inputs):
         state, last_start = carry
         index, k, v, run = inputs
         masks = find_masks(run, tables)
-        z = state_inputs(split_chunks(k, tables), split_chunks(v, tables), masks)
-        starts, end = chunk_states(z, tables, state, masks, sequential_scan)
-        last_start = last_start + jnp.sum(jnp.where(is_last(index, last_chunk, starts), starts, 0), axis=0)
-        return (end, last_start), starts.astype(k.dtype)
+        starts, end = chunk_states(at_end(columns(k, v, tables=tables), masks), tables, state, masks, scan)
+        return (end, last_start + last_of(starts, index, last_chunk)), starts.astype(q.dtype)
 
     zeros = zero_state(k, v, tables)
     carry = (zeros if initial_state is None else initial_state, zeros)
     (_, last_start), starts = jax.lax.scan(body, carry, (jnp.arange(count), *arrays, runs))
-    return starts.reshape(-1, *starts.shape[2:])[: k.shape[1] // tables.lags.shape[1]], last_start
+    starts = jnp.moveaxis(starts, 0, 2)  # (G, B, groups, chunks of a group, W, 2M)
+    return starts.reshape(*starts.shape[:2], -1, *starts.shape[4:])[
+        :, :, : k.shape[1] // tables.lags.shape[1]
+    ], last_start
 
 
-def _choose_block(q, k, v, tables: Tables, run, interpret, J: int | None = None) -> "Block":
+def _choose_block(q, k, v, tables: Tables, run, interpret) -> "Block":
     from idattn.ops.gpu_kernels import Block
 
     M = tables.decays.shape[-1]
     return Block(
         K=tables.lags.shape[1],
-        J=q.shape[2] // k.shape[2] if J is None else J,
+        J=q.shape[2] // k.shape[2],
         R=q.shape[-1],
         E=v.shape[-1],
         M=M if interpret else -(-M // TILE) * TILE,
@@ -191,22 +182,28 @@ def _planes(block: "Block", x):
     return jnp.pad(x, [(0, 0)] * 3 + [(0, block.M - x.shape[-1])]).reshape(len(x), -1, block.M)
 
 
-def _pack_states(block: "Block", starts):
-    """States (N, B, G, W, 2M) as those of keys (N B G, 2R, M) and of values (N B G, 2E, M)."""
-    parts = jnp.split(starts.reshape(-1, *starts.shape[3:]), [block.R], axis=1)
-    return [_planes(block, x) for x in parts]
+def _pack(block: "Block", q, k, v, starts, tables: Tables) -> list[jax.Array]:
+    """What both kernels read, in the dtype of q: keys, values, states, tables and queries.
 
-
-def _pack_tables(block: "Block", tables: Tables, dtype):
-    """Lags and spread (G, 2K, M), the largest lag first, and readout (G, 4M, M), w from y; in `dtype`."""
-    lags, spread = (_planes(block, x[:, ::-1]) for x in (tables.lags, tables.spread))
+    Keys and values are (B N, K, G, width), states of keys and of values (G B N, 2R, M) and (G B N, 2E, M), lags and
+    spread (G, 2K, M), the largest lag first, readout (G, 4M, M), w from y, and queries as `_tiles` has them.
+    """
+    dtype = q.dtype
+    tokens = (x.astype(dtype).reshape(-1, block.K, *x.shape[2:]) for x in (k, v))
+    states = jnp.split(starts.astype(dtype).reshape(-1, *starts.shape[3:]), [block.R], axis=1)
     M = tables.decays.shape[-1]
     if tables.readout.ndim == 4:  # of a diagonal C
         readout = tables.readout[..., None] * jnp.eye(M, dtype=tables.readout.dtype)[None, None, None]
     else:
         readout = tables.readout.reshape(-1, 2, M, 2, M).swapaxes(2, 3)
     readout = jnp.pad(readout, [(0, 0)] * 3 + [(0, block.M - M)] * 2).reshape(-1, 4 * block.M, block.M)
-    return [x.astype(dtype) for x in (lags, spread, readout)]
+    planes = (_planes(block, x) for x in (*states, tables.lags[:, ::-1], tables.spread[:, ::-1]))
+    return [*tokens, *(x.astype(dtype) for x in (*planes, readout)), _tiles(block, q)]
+
+
+def _tiles(block: "Block", x: jax.Array) -> jax.Array:
+    """Queries (B, T, H, width) as (B N, tiles, rows, H, width)."""
+    return x.reshape(-1, block.tiles, block.rows, *x.shape[2:])
 
 
 def _reach(block: "Block", run):
