@@ -13,7 +13,8 @@ from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, 
 from idattn.ops.chunks import decay_state
 from idattn.ops.discretize import Basis, discretize, mode_weights
 from idattn.ops.planes import flatten_planes, real_part_row
-from idattn.ops.segments import PADDING, Segments
+from idattn.ops.segments import Segments
+from idattn.ops.tree_chunks import scan_tokens
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
 
 BACKENDS = ("auto", "chunkwise", "recurrent")  # of `idattn.ops.BACKENDS`
@@ -182,22 +183,9 @@ def _recurrent(
     inputs: Inputs, basis: Basis, state: jax.Array, segments: Segments | None, readout: str
 ) -> tuple[jax.Array, jax.Array]:
     """`adaptive_step` over the tokens of each row."""
-    B, T = inputs.q.shape[:2]
-    run = jnp.zeros((B, T), jnp.int32) if segments is None else segments.run
-    starts = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
-    is_token = run != PADDING
-    # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
-    inputs = jax.tree.map(lambda x: jnp.where(is_token[..., None, None], x, 0), inputs)
 
-    @jax.checkpoint
-    def advance(state, token):
-        x, starts, is_token = token
-        before = jnp.where(starts[:, None, None, None], 0, state)
+    def step(x: Inputs, state: jax.Array):
         steps, gains = (None if y is None else y[..., 0] for y in (x.log_steps, x.gains))
-        o, after = adaptive_step(x.q, x.k, x.v, basis, before, log_steps=steps, gains=gains, readout=readout)
-        state = jnp.where(is_token[:, None, None, None], after, state)
-        return state, jnp.where(is_token[:, None, None], o, 0)
+        return adaptive_step(x.q, x.k, x.v, basis, state, log_steps=steps, gains=gains, readout=readout)
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, starts, is_token))
-    state, o = jax.lax.scan(advance, state, tokens)
-    return jnp.moveaxis(o, 0, 1), state
+    return scan_tokens(step, inputs, state, segments)

@@ -5,7 +5,7 @@ token between the two, so that it is a factor of t times a factor of s and a sum
 product. A chunk is cut into halves, these into halves, down to blocks of `BLOCK` tokens. A pair of tokens is split at
 the middle of the smallest part that holds both in different halves: both factors are then at most 1 in size. Within a
 block, factors refer to the block's middle; there a step's decay counts as at least exp(-limit), which is below the
-rounding of what it is added to, so that factors stay within exp(+-3.5 limit).
+rounding of what it is added to, so that factors stay within exp(+-4 limit).
 
 Decays are complex, as planes (..., 2, M), or real, (..., M).
 """
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.planes import complex_multiply, conjugate
+from idattn.ops.planes import complex_multiply
 
 BLOCK = 8
-_LIMIT = {"float32": 16.0, "float64": 40.0}  # exp(-limit) is below the rounding, exp(3.5 limit) far below the largest
+_LIMIT = {"float32": 16.0, "float64": 40.0}  # exp(-limit) is below the rounding, exp(4 limit) far below the largest
 
 
 class Level(NamedTuple):
@@ -38,6 +38,11 @@ class Tree(NamedTuple):
     end: jax.Array  # from each token to the last of the chunk, times its weight, (B, G, N, K, ...)
     decay: jax.Array  # over the chunk, (B, G, N, ...)
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether decays are planes (..., 2, M)."""
+        return self.decay.ndim == 5
+
 
 def chunk_length(size: int, T: int) -> int:
     """The largest power of two up to `size`, but no more than T tokens need."""
@@ -49,15 +54,19 @@ def block_length(K: int) -> int:
     return min(K, BLOCK)
 
 
-def make_tree(log_size: jax.Array, phase: jax.Array | None, weight: jax.Array, K: int) -> Tree:
+def make_tree(
+    log_size: jax.Array, phase: jax.Array | None, weight: jax.Array, K: int, run: jax.Array | None = None
+) -> Tree:
     """The decays of chunks of K tokens, a power of two.
 
     Args:
       log_size: (B, G, N, K, M) of each token's step, at most 0; (1, G, 1, 1, M) where all steps are alike. The order of
-        the first three axes is the caller's.
+        the first three axes is the caller's, but with `run` it is (N, B, G, K, M).
       phase: of each step, in radians, in the same shape; None where decays are real.
       weight: of each token, planes (..., 2, M), or (..., M) where decays are real; in a shape that broadcasts.
       K: tokens in a chunk.
+      run: (N, B, K) the documents of the tokens, where decays are wanted inside a run only: they do not depend on other
+        runs then, not even by rounding. None for one document.
     """
     c = block_length(K)
     multiply = jnp.multiply if phase is None else complex_multiply
@@ -67,30 +76,43 @@ def make_tree(log_size: jax.Array, phase: jax.Array | None, weight: jax.Array, K
         return blocks(x, c, 3)
 
     log_size, phase, weight = jax.tree.map(in_blocks, (log_size, phase, weight))
-    if phase is None:
 
-        def decays(log_size, sign):
+    def decays(log_size, phase):
+        if phase is None:
             return jnp.exp(log_size)
+        return jnp.exp(log_size)[..., None, :] * jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=-2)
 
-    else:
-        turned = jnp.cumsum(phase, axis=4)
-        unit = jnp.stack([jnp.cos(turned), jnp.sin(turned)], axis=-2)
+    def map_both(function, log_size, phase):
+        return function(log_size), None if phase is None else function(phase)
 
-        def decays(log_size, sign):
-            return jnp.exp(log_size)[..., None, :] * (unit if sign > 0 else conjugate(unit))
+    def before(x):
+        return jnp.cumsum(x, axis=4)
 
-    start = decays(jnp.cumsum(log_size, axis=4), 1)
-    # Summed backwards rather than as a difference, which would lose small steps after large ones.
-    before = jax.lax.cumsum(log_size, axis=4, reverse=True)
-    before = jnp.concatenate([before[:, :, :, :, 1:], jnp.zeros_like(before[:, :, :, :, :1])], axis=4)
-    end = multiply(decays(before, -1), weight)
-    if phase is not None:
-        end = multiply(end, unit[:, :, :, :, -1:])
+    def after(x):
+        # Summed backwards rather than as a difference, which would lose small steps after large ones.
+        x = jax.lax.cumsum(x, axis=4, reverse=True)
+        return jnp.concatenate([x[:, :, :, :, 1:], jnp.zeros_like(x[:, :, :, :, :1])], axis=4)
+
+    start = decays(*map_both(before, log_size, phase))
+    end = multiply(decays(*map_both(after, log_size, phase)), weight)
     decay = start[:, :, :, :, -1]
 
-    age = jnp.cumsum(jnp.maximum(log_size, -_LIMIT[log_size.dtype.name]), axis=4)
-    age = age - jax.lax.stop_gradient(age[:, :, :, :, :1] + age[:, :, :, :, -1:]) / 2  # which cancels in every product
-    later, earlier = decays(age, 1), multiply(decays(-age, -1), weight)
+    limited = jnp.maximum(log_size, -_LIMIT[log_size.dtype.name])
+    if run is None:
+        age, turn = map_both(before, limited, phase)
+        middle = (age[:, :, :, :, :1] + age[:, :, :, :, -1:]) / 2
+    else:
+        run = blocks(run, c, 2)
+        is_alike = (run[..., :, None] == run[..., None, :]).astype(log_size.dtype)  # (N, B, P, t, s)
+
+        def since_start(x):
+            return jnp.einsum("nbpts,nbgpsm->nbgptm", jnp.tril(is_alike), x, precision="highest")
+
+        age, turn = map_both(since_start, limited, phase)
+        middle = jnp.einsum("nbpts,nbgpsm->nbgptm", is_alike, limited, precision="highest") / 2
+    age = age - jax.lax.stop_gradient(middle)  # which cancels in every product
+    later = decays(age, turn)
+    earlier = multiply(decays(-age, None if turn is None else -turn), weight)
 
     levels = []
     for _ in range((K // c).bit_length() - 1):

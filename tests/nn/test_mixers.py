@@ -162,6 +162,8 @@ def test_a_clock_starts_as_the_paper_and_then_leaves_it():
         assert_close(token_by_token(mixer, x)[0], y, "float32", reduction=T * D)
     ids = jnp.asarray([[0] * 4 + [1] * (T - 4)] * B)
     assert_close(run(both, x, ids)[0][:, 4:], run(both, x[:, 4:])[0], "float32", reduction=T * D)
+    other = jnp.concatenate([inputs(1)[:, :4], x[:, 4:]], axis=1)
+    np.testing.assert_array_equal(run(both, x, ids)[0][:, 4:], run(both, other, ids)[0][:, 4:])
 
 
 def test_other_mixers_refuse_a_clock():
