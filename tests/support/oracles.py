@@ -296,3 +296,27 @@ def adaptive_forward(case: Case, readout: str, segment_ids: np.ndarray | None = 
                 o[b, t, h] = (c[g].T @ f(c[g] @ x[:, :R] @ q[b, t, h]) @ x[:, R:]).real
         state[b, g] = x
     return o, _rows(state)
+
+
+def gated_forward(case: Case, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and the final state (B, H, E, R) of linear attention with `log_decays` and, where there are any, `gains`.
+
+    The recurrences as their papers write them: S_t = diag(alpha_t) S_{t-1} + k_t v_t^T (GLA; with equal decays
+    Mamba-2), and S_t = alpha_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (Gated DeltaNet).
+    """
+    ids = _ids(case["q"], segment_ids)
+    q, k, v = (_clean(case[name], ids) for name in ("q", "k", "v"))
+    (B, T, H, R), E = k.shape, v.shape[-1]
+    state, o = np.asarray(case["initial_state"], np.float64).copy(), np.zeros((B, T, H, E))
+    for b, h in np.ndindex(B, H):
+        S = state[b, h].T
+        for t, continues in _real_tokens(ids[b]):
+            alpha, key = np.exp(case["log_decays"][b, t, h]) * np.ones(R), k[b, t, h]
+            decay, gain = np.diag(alpha), 1.0
+            if "gains" in case:
+                gain = case["gains"][b, t, h]
+                decay = (np.eye(R) - gain * np.outer(key, key)) @ decay
+            S = continues * decay @ S + gain * np.outer(key, v[b, t, h])
+            o[b, t, h] = S.T @ q[b, t, h]
+        state[b, h] = S.T
+    return o, state
