@@ -20,7 +20,12 @@ CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4),
     "s4d_rope": "idattn.nn.interdomain:S4DRope",
     "dual_linear": "idattn.nn.interdomain:DualLinear",
 }
-MIXERS: Mapping[str, str] = {**CELLS, "ideal": "idattn.nn.ideal:IdealAttention"}
+PEERS: Mapping[str, str] = {  # linear attention with gates, to compare with
+    "gla": "idattn.nn.gla:GatedLinearAttention",
+    "mamba2": "idattn.nn.mamba2:Mamba2",
+    "gated_deltanet": "idattn.nn.gated_deltanet:GatedDeltaNet",
+}
+MIXERS: Mapping[str, str] = {**CELLS, "ideal": "idattn.nn.ideal:IdealAttention", **PEERS}
 TRACKERS: Mapping[str, str] = {"wandb": "idattn.train.trackers:WeightsAndBiases"}
 
 

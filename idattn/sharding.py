@@ -162,8 +162,8 @@ def _scatter(axis: int, names: tuple[str, ...], _: None, gradient: jax.Array) ->
 _gather.defvjp(lambda shard, axis, names: (_gather(shard, axis, names), None), _scatter)
 
 
-def product(x: jax.Array, weight: jax.Array, dims: tuple[str, str]) -> jax.Array:
-    """x W of activations (B, T, num_in) and a weight whose axes `dims` name, one of them "D".
+def product(x: jax.Array, weight: jax.Array, dims: tuple[str | None, str | None]) -> jax.Array:
+    """x W of activations (B, T, num_in) and a weight whose axes `dims` name, at most one of them "D".
 
     Every device gathers the weight, and sums the gradient to where it lies. Left to itself the partitioner cuts the
     products into as many small ones as there are devices.

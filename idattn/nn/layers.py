@@ -33,7 +33,7 @@ def param(value: jax.Array, *dims: str | None, group: str = "other") -> nnx.Para
 class Linear(nnx.Module):
     """x W without bias, W (num_in, num_out) starting normal with standard deviation `std`; `dims` name its two axes."""
 
-    def __init__(self, num_in: int, num_out: int, dims: tuple[str, str], *, std: float, rngs: nnx.Rngs):
+    def __init__(self, num_in: int, num_out: int, dims: tuple[str | None, str | None], *, std: float, rngs: nnx.Rngs):
         self.weight = param(std * jax.random.normal(rngs.params(), (num_in, num_out)), *dims, group="matrix")
         self.dims = dims
 
@@ -77,10 +77,10 @@ class HeadNorm(nnx.Module):
 class ShortConv(nnx.Module):
     """The parameters of a causal depthwise convolution over (B, T, channels), and its inputs that are still needed.
 
-    The taps start uniform within 1 / sqrt(width) (by fan-in), the bias at zero; `dim` names the channels.
+    The taps start uniform within 1 / sqrt(width) (by fan-in), the bias at zero; `dim` names the channels, if anything.
     """
 
-    def __init__(self, channels: int, width: int, dim: str, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, dim: str | None, *, rngs: nnx.Rngs):
         bound = 1 / math.sqrt(width)
         taps = jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
         self.taps = param(taps, None, dim)

@@ -12,7 +12,10 @@ from idattn.nn import LanguageModel
 
 V = 64
 HYBRID = ("interdomain", "softmax", "s4d")
-MIXERS = [("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",), ("ideal",)]
+MIXERS = [
+    ("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",), ("ideal",),
+    ("gla", "mamba2", "gated_deltanet"),
+]  # fmt: skip
 
 
 def make_model(*mixers, seed=3, **changes):

@@ -75,6 +75,11 @@ def matrices(*names):
 
 C_OUT = {"mixer.core.c_out"}
 QUERY_SSM = matrices("key", "value", "query"), convolution("key") | convolution("query")
+GATED = (
+    matrices("query", "key", "value", "gate"),
+    convolution("query") | convolution("key") | convolution("value") | {"mixer.core.norm.scale"},
+)
+STEPS = {"mixer.core.step_bias", "mixer.core.a_log"}
 # mixer: the mixer's matrices, what is neither a matrix nor of the SSM group, the SSM group
 GROUPS = {
     "interdomain": (*QUERY_SSM, SSM),
@@ -85,6 +90,9 @@ GROUPS = {
     "s4d": (matrices("key", "value"), convolution("key") | convolution("value"), SSM | C_OUT),
     "s4d_rope": (matrices("key", "value"), convolution("key") | convolution("value"), SSM | C_OUT),
     "dual_linear": (matrices("key", "value"), convolution("key"), SSM | C_OUT),
+    "gla": (GATED[0] | matrices("decay_rank", "decay"), GATED[1] | {"mixer.core.decay_bias"}, set()),
+    "mamba2": (GATED[0] | matrices("step"), GATED[1] | STEPS | {"mixer.core.skip"}, set()),
+    "gated_deltanet": (GATED[0] | matrices("decay", "gain"), GATED[1] | STEPS, set()),
 }
 
 

@@ -1,0 +1,210 @@
+"""What the mixers with states of gated linear attention share: GLA, Mamba-2 and Gated DeltaNet."""
+
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from idattn import ops
+from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn.documents import Documents
+from idattn.nn.layers import Linear, RMSNorm, ShortConv
+from idattn.nn.mixer import Memory, Mixer
+from idattn.ops.prepare import HeadInputs, Preparation
+from idattn.sharding import is_split, on_shards, param_specs, spec
+
+CONVOLVED = ("query", "key", "value")
+
+
+class GatedMemory(Memory):
+    """The states of a layer, and the last inputs of its convolutions."""
+
+    state: jax.Array  # (B, H, E, R)
+    conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
+
+
+class Recurrence(NamedTuple):
+    """The arguments of `idattn.ops.gated_attention`."""
+
+    q: jax.Array  # (B, T, H, R)
+    k: jax.Array  # (B, T, H, R)
+    v: jax.Array  # (B, T, H, E)
+    log_decays: jax.Array  # (B, T, H, R) or (B, T, H, 1), float32
+    gains: jax.Array | None = None  # (B, T, H), float32
+
+
+class GatedCore(nnx.Module):
+    """All that is between a mixer's projections, for any of its heads: convolutions, gates, state, normalisation.
+
+    Attributes:
+      feature_map: queries and keys are xi of eq. 10 rather than SiLU.
+    """
+
+    feature_map: ClassVar[bool] = False
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, shared: bool):
+        self.config, self.compute = config, compute
+        keys, heads = key_width(config), 1 if shared else config.num_heads
+        dim, width = None if shared else "H", config.ssm.conv_width
+        self.query_conv = ShortConv(heads * keys, width, dim, rngs=rngs)
+        self.key_conv = ShortConv(heads * keys, width, dim, rngs=rngs)
+        self.value_conv = ShortConv(config.model_dim, width, "H", rngs=rngs)
+        self.norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    @abstractmethod
+    def recur(self, heads: dict[str, jax.Array], projected: dict[str, jax.Array]) -> Recurrence:
+        """What the state is updated with and read by.
+
+        Args:
+          heads: "query", "key" and "value" -> (B, T, heads, width), convolved and activated.
+          projected: the other projections -> (B, T, channels), float32.
+        """
+
+    def finish(self, o: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
+        """The heads' outputs (B, T, H, E) from what was read, the values and SiLU of the gate."""
+        return self.norm(o) * gate
+
+    def __call__(
+        self, projected: dict[str, jax.Array], documents: Documents, memory: GatedMemory | None
+    ) -> tuple[jax.Array, GatedMemory]:
+        """The heads' outputs (B, T, channels), and the memory after the tokens."""
+        heads, tails = {}, {}
+        for name in CONVOLVED:
+            conv, x = getattr(self, f"{name}_conv"), projected[name]
+            tail = None if memory is None else memory.conv_tails[name]
+            tails[name] = conv.next_tail(x, tail, documents.segments)
+            inputs = HeadInputs(
+                x, taps=conv.taps[...], conv_bias=conv.bias[...], tail=tail, positions=documents.borders
+            )
+            is_mapped = self.feature_map and name != "value"
+            width = self.config.head_dim if name == "value" else key_width(self.config)
+            y = ops.prepare_heads(inputs, Preparation(width, is_mapped), backend=self.compute.backend)
+            y = y.reshape(*y.shape[:2], -1, width)
+            heads[name] = y if is_mapped else jax.nn.silu(y)
+        dtype = jnp.promote_types(heads["value"].dtype, jnp.float32)
+        rest = {name: x.astype(dtype) for name, x in projected.items() if name not in CONVOLVED}
+        x = self.recur(heads, rest)
+        state, segments = None if memory is None else memory.state, documents.segments
+        if state is not None and segments is None and x.q.shape[1] == 1:
+            q, k, v, log_decays = (y[:, 0] for y in x[:4])
+            o, state = ops.gated_step(q, k, v, log_decays, state, gains=None if x.gains is None else x.gains[:, 0])
+            o = o[:, None]
+        else:
+            backend = "recurrent" if self.compute.backend == "recurrent" else "chunkwise"
+            o, state = ops.gated_attention(
+                *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size, segment_ids=segments,
+                initial_state=state,
+            )  # fmt: skip
+        gate = jax.nn.silu(projected["gate"]).reshape(o.shape)
+        o = self.finish(o, heads["value"], gate).reshape(*o.shape[:2], -1)
+        return checkpoint_name(o, "mixer"), GatedMemory(state, tails)
+
+
+class GatedMixer(Mixer):
+    """x (B, T, D) -> (B, T, D) through a state of real numbers for each head, which decays by what the tokens say.
+
+    Heads have 4M features R in their keys, so that their states R x E have as many numbers as those of the mixers with
+    M modes. Queries, keys and values go through short convolutions and SiLU; what is read is normalised and gated.
+    Of `config.ssm` the mixers read num_modes and conv_width.
+
+    Attributes:
+      shared: all heads have one query and one key.
+      corrects: values correct what the state answers to their key.
+    """
+
+    shared: ClassVar[bool] = False
+    corrects: ClassVar[bool] = False
+    core_type: ClassVar[type[GatedCore]]
+
+    def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.check(config)
+        self.config = config
+        D, keys = config.model_dim, key_width(config) * (1 if self.shared else config.num_heads)
+        self.query = self.projection(keys, rngs, None if self.shared else "H")
+        self.key = self.projection(keys, rngs, None if self.shared else "H")
+        self.value = self.projection(D, rngs)
+        self.gate = self.projection(D, rngs)
+        for name, width in self.controls(config).items():
+            setattr(self, name, self.projection(width, rngs))
+        self.core = self.core_type(config, compute, rngs, self.shared)
+        self.output = Linear(D, D, ("H", "D"), std=residual_std, rngs=rngs)
+
+    def projection(self, width: int, rngs: nnx.Rngs, dim: str | None = "H") -> Linear:
+        return Linear(self.config.model_dim, width, ("D", dim), std=self.config.init_std, rngs=rngs)
+
+    @classmethod
+    @abstractmethod
+    def controls(cls, config: ModelConfig) -> dict[str, int]:
+        """The names and widths of the projections that the gates of the state are made of."""
+
+    def project(self, x: jax.Array) -> dict[str, jax.Array]:
+        """All projections by name."""
+        return {name: getattr(self, name)(x) for name in (*CONVOLVED, "gate", *self.controls(self.config))}
+
+    def mix(self, x: jax.Array, documents: Documents, memory: GatedMemory | None) -> tuple[jax.Array, GatedMemory]:
+        if is_split("T"):
+            raise NotImplementedError(f"{type(self).__name__} does not split tokens; use mesh.sequence=1.")
+        projected = self.project(x)
+        graphdef, params = nnx.split(self.core)
+
+        def core(params, projected, documents, memory):
+            return nnx.merge(graphdef, params)(projected, documents, memory)
+
+        heads, memories = spec("B", "T", "H"), self.memory_specs()
+        specs = {name: spec("B", "T", self._dim(name)) for name in projected}
+        in_specs = (param_specs(params), specs, documents.specs(), None if memory is None else memories)
+        o, after = on_shards(core, in_specs, (heads, memories))(params, projected, documents, memory)
+        return self.output(o), after
+
+    def _dim(self, name: str) -> str | None:
+        return None if self.shared and name in ("query", "key") else "H"
+
+    def init_memory(
+        self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
+    ) -> GatedMemory:
+        config = self.config
+        shape = (batch_size, config.num_heads, config.head_dim, key_width(config))
+        tails = {
+            name: jnp.zeros((batch_size, config.ssm.conv_width - 1, getattr(self, name).weight.shape[-1]), dtype)
+            for name in CONVOLVED
+        }
+        return GatedMemory(jnp.zeros(shape, state_dtype or jnp.promote_types(dtype, jnp.float32)), tails)
+
+    def memory_specs(self, *lead: str) -> GatedMemory:
+        return GatedMemory(spec(*lead, "B", "H"), {name: spec(*lead, "B", None, self._dim(name)) for name in CONVOLVED})
+
+    @classmethod
+    def flops(cls, config: ModelConfig, context: int) -> int:
+        """Projections, convolutions, and for a number of the state its decay (1), the input and each readout (2)."""
+        D, keys = config.model_dim, key_width(config) * (1 if cls.shared else config.num_heads)
+        projections = 2 * D * (3 * D + 2 * keys + sum(cls.controls(config).values()))
+        convolutions = 2 * config.ssm.conv_width * (2 * keys + D)
+        return projections + convolutions + (7 if cls.corrects else 5) * cls.state_size(config, context)
+
+    @classmethod
+    def state_size(cls, config: ModelConfig, context: int) -> int:
+        return config.model_dim * key_width(config)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise a ValueError where heads are to share a state, or the state is to have another clock or write."""
+        ssm = config.ssm
+        if ssm.heads_per_kv > 1 or (ssm.core, ssm.write) != ("fixed", "add"):
+            raise ValueError(
+                f"{cls.__name__} has a state for each head, with gates of its own: heads_per_kv={ssm.heads_per_kv}, "
+                f"core={ssm.core!r} and write={ssm.write!r} must be 1, 'fixed' and 'add'."
+            )
+
+
+def key_width(config: ModelConfig) -> int:
+    """R, features of a head's keys."""
+    return 4 * config.ssm.num_modes
+
+
+def step_bias(rngs: nnx.Rngs, heads: int) -> jax.Array:
+    """b with softplus(b) log-uniform in [1e-3, 0.1], for the steps of heads."""
+    steps = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
+    return steps + jnp.log(-jnp.expm1(-steps))
