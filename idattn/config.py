@@ -34,7 +34,7 @@ class SSMConfig:
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
     conv_width: int = 4  # taps of the causal depthwise convolutions [P]
     core: str = "fixed"  # or "clock", Delta times exp of a bounded projection of the token; interdomain only
-    write: str = "add"  # or "delta", values correct what the state answers to their key; interdomain only
+    write: str = "add"  # or "delta" or "damped", values correct what the state answers to their key; interdomain only
     readout: str = "transpose"  # Re of xi(q)^T U^T Gamma; or "hermitian", "real" [O]
     a_init: str = "s4d_inv"  # start of the frequencies [P]; or "s4d_lin", pi n, or "uniform", 2 pi n / (M Delta)
     c: str = "full"  # "full" (M, M), "diagonal" (M,) or "identity" (no parameter) [P]
@@ -55,6 +55,8 @@ class SSMConfig:
         check_choice("core", self.core, CORES)
         check_choice("write", self.write, WRITES)
         check_choice("readout", self.readout, READOUTS)
+        if self.write == "damped" and self.readout != "hermitian":
+            raise ValueError(f"write='damped' needs readout='hermitian', not {self.readout!r}.")
         check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))
         check_choice("c_init", self.c_init, ("normal", "eye"))

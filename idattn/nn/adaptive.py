@@ -21,7 +21,7 @@ class AdaptiveCore(SSMCore):
     @classmethod
     def controls(cls, config: ModelConfig) -> tuple[str, ...]:
         ssm = config.ssm
-        return ("clock",) * (ssm.core == "clock") + ("gain",) * (ssm.write == "delta")
+        return ("clock",) * (ssm.core == "clock") + ("gain",) * (ssm.write != "add")
 
     @classmethod
     def has_key_norm(cls, config: ModelConfig) -> bool:
@@ -50,15 +50,16 @@ class AdaptiveCore(SSMCore):
         clock, gain = wide.get("clock"), wide.get("gain")
         log_steps = None if clock is None else LARGEST_LOG_STEP * jnp.tanh(clock / LARGEST_LOG_STEP)
         gains = None if gain is None else jax.nn.sigmoid(gain)
+        write = "delta" if gains is None else ssm.write  # what gains do, if there are any
         state, segments, basis = None if memory is None else memory.state, documents.segments, self.basis()
         if state is not None and segments is None and q.shape[1] == 1:
             steps, b = (None if x is None else x[:, 0] for x in (log_steps, gains))
             o, state = ops.adaptive_step(
-                q[:, 0], k[:, 0], v[:, 0], basis, state, log_steps=steps, gains=b, readout=ssm.readout
+                q[:, 0], k[:, 0], v[:, 0], basis, state, log_steps=steps, gains=b, readout=ssm.readout, write=write
             )
             return o[:, None], SSMMemory(state, tails)
         o, state = ops.adaptive_attention(
             q, k, v, basis, log_steps=log_steps, gains=gains, backend=compute.backend, chunk_size=compute.chunk_size,
-            segment_ids=segments, initial_state=state, readout=ssm.readout,
+            segment_ids=segments, initial_state=state, readout=ssm.readout, write=write,
         )  # fmt: skip
         return o, SSMMemory(state, tails)

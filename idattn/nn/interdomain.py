@@ -39,7 +39,8 @@ class InterdomainAttention(_Adaptable):
       heads_per_kv: query heads that share a state, a divisor of H.
       conv_width: taps of the causal depthwise convolutions, at least 1.
       core: "fixed", or "clock", whose steps depend on the tokens; see `idattn.ops.adaptive_attention`.
-      write: "add", or "delta", whose values correct what the state answers to their key; see there.
+      write: "add", or "delta" or "damped", whose values correct what the state answers to their key; see there; a
+        damped one needs the hermitian readout.
       readout: "transpose" (eq. 13), "hermitian" or "real"; see `idattn.ops.interdomain_attention`.
       a_init: the start of the modes' frequencies: "s4d_inv", crowded at low ones; "s4d_lin", pi n; or "uniform",
         2 pi n / (M Delta), with which a state tells the last M tokens apart.

@@ -33,6 +33,7 @@ def adaptive_attention(
     segment_ids: SegmentIds | Segments | None = None,
     initial_state: State | None = None,
     readout: str = "transpose",
+    write: str = "delta",
 ) -> tuple[Outputs, State]:
     """Interdomain Attention with a clock, `log_steps`, or corrective writes, `gains`, or both.
 
@@ -44,6 +45,9 @@ def adaptive_attention(
     Without gains, p_t = beta_t and u_t = v_t. The queries read X_t as in `idattn.ops.interdomain_attention`, which has
     the other arguments too. A correction is b_t times a projection: it moves what the key reads toward v_t and leaves
     what is orthogonal to it, so that states stay bounded whatever the keys. The backward pass keeps only the inputs.
+
+    The write "damped" corrects along p_t = beta_t, where the key enters, with b_t / (1 + b_t |w_t|^2 |beta_t|^2) for
+    b_t. All w, also of queries, are divided by h = Re(w^T beta) of a unit key alone, which then reads its own value.
 
     Args:
       q: (B, T, H, R).
@@ -57,7 +61,8 @@ def adaptive_attention(
         memory only.
       segment_ids: (B, T) as in `idattn.ops.interdomain_attention`.
       initial_state: (B, G, R + E, 2M), None for zeros.
-      readout: as in `idattn.ops.interdomain_attention`.
+      readout: as in `idattn.ops.interdomain_attention`; "hermitian" where the write is damped, for h > 0.
+      write: what gains do, "delta" or "damped".
 
     Returns:
       The outputs (B, T, H, E) in the dtype of `q`, and the state (B, G, R + E, 2M).
@@ -67,6 +72,7 @@ def adaptive_attention(
     """
     check_choice("readout", readout, READOUTS)
     check_choice("backend", backend, BACKENDS)
+    check_write(write, readout)
     check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
     B, T, H, R = q.shape
     G, E = k.shape[2], v.shape[3]
@@ -87,10 +93,17 @@ def adaptive_attention(
     steps, gains = (None if x is None else x.astype(dtype)[..., None] for x in (log_steps, gains))
     inputs = Inputs(q, k, v, steps, gains)
     if backend == "recurrent":
-        return _recurrent(inputs, basis, state, segments, readout)
+        return _recurrent(inputs, basis, state, segments, readout, write)
     if gains is None:
         return _with_clock(readout, chunk_size, inputs, basis, state, segments)
-    return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, chunk_size=chunk_size)
+    return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, write=write, chunk_size=chunk_size)
+
+
+def check_write(write: str, readout: str) -> None:
+    """Raise a ValueError where gains have no such write, or it cannot be read so."""
+    check_choice("write", write, ("delta", "damped"))
+    if write == "damped" and readout != "hermitian":
+        raise ValueError(f"{write=} needs readout='hermitian', not {readout!r}.")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -104,10 +117,14 @@ def _with_clock(readout: str, chunk_size: int | None, inputs: Inputs, basis: Bas
         )  # fmt: skip
 
     def clock():
-        return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, chunk_size=chunk_size)
+        return _clocked(readout, chunk_size)(inputs, basis, state, segments)
 
     assert inputs.log_steps is not None, "the clock's steps"
     return jax.lax.cond(jnp.all(inputs.log_steps == 0), paper, clock)
+
+
+def _clocked(readout: str, chunk_size: int | None):
+    return partial(adaptive_chunks.attend, readout=readout, write="add", chunk_size=chunk_size)
 
 
 def _with_clock_forward(readout: str, chunk_size: int | None, *arguments):
@@ -117,7 +134,7 @@ def _with_clock_forward(readout: str, chunk_size: int | None, *arguments):
 def _with_clock_backward(readout: str, chunk_size: int | None, arguments, cotangents):
     """By the clock in any case: the paper's op has no steps that a gradient could reach."""
     *arrays, segments = arguments
-    attend = partial(adaptive_chunks.attend, segments=segments, readout=readout, chunk_size=chunk_size)
+    attend = partial(_clocked(readout, chunk_size), segments=segments)
     return *jax.vjp(attend, *arrays)[1](cotangents), None
 
 
@@ -134,6 +151,7 @@ def adaptive_step(
     log_steps: jax.Array | None = None,
     gains: jax.Array | None = None,
     readout: str = "transpose",
+    write: str = "delta",
 ) -> tuple[jax.Array, State]:
     """One token of `adaptive_attention`: with gains, about twice the work of `idattn.ops.step`.
 
@@ -145,7 +163,8 @@ def adaptive_step(
       state: (B, G, R + E, 2M) before the token.
       log_steps: (B, G), or None.
       gains: (B, G), or None.
-      readout: as in `idattn.ops.interdomain_attention`.
+      readout: as in `adaptive_attention`.
+      write: as there.
 
     Returns:
       The outputs (B, H, E) in the dtype of `q`, and the state after the token, float32 or wider.
@@ -161,17 +180,23 @@ def adaptive_step(
             log_steps.astype(dtype)
         )
     state, beta = decay_state(lam, state), flatten_planes(beta)  # (B, G, W, 2M), (B or 1, G, 2M)
+    is_damped = gains is not None and write == "damped"
+    own = adaptive_chunks.own_weights(basis, readout)[None, :, None, None] if is_damped else 1
 
     def read(keys, rows):  # (B, G, J, R) -> weights on the modes with the sign of Re, (B, G, J, 2M)
         y = jnp.einsum("bgjr,bgrm->bgjm", rows, keys, precision="highest")
-        return real_part_row(mode_weights(basis, readout, y))
+        return real_part_row(mode_weights(basis, readout, y)) / own
 
     keys = state[:, :, :R] + beta[:, :, None] * k[..., None]
     values, address = state[:, :, R:], beta
     if gains is not None:
-        w = read(keys, k[:, :, None])[:, :, 0]
-        v = gains.astype(dtype)[..., None] * (v - jnp.einsum("bgm,bgem->bge", w, values, precision="highest"))
-        address = w / (jnp.sum(w**2, axis=-1, keepdims=True) + FLOOR)
+        w, b = read(keys, k[:, :, None])[:, :, 0], gains.astype(dtype)[..., None]
+        size = jnp.sum(w**2, axis=-1, keepdims=True)
+        if is_damped:
+            b = b / (1 + b * size * jnp.sum(beta**2, axis=-1, keepdims=True))
+        else:
+            address = w / (size + FLOOR)
+        v = b * (v - jnp.einsum("bgm,bgem->bge", w, values, precision="highest"))
     values = values + address[:, :, None] * v[..., None]
     state = jnp.concatenate([keys, values], axis=-2)
     w = read(keys, q_.reshape(B, G, H // G, R))
@@ -180,12 +205,12 @@ def adaptive_step(
 
 
 def _recurrent(
-    inputs: Inputs, basis: Basis, state: jax.Array, segments: Segments | None, readout: str
+    inputs: Inputs, basis: Basis, state: jax.Array, segments: Segments | None, readout: str, write: str
 ) -> tuple[jax.Array, jax.Array]:
     """`adaptive_step` over the tokens of each row."""
 
     def step(x: Inputs, state: jax.Array):
         steps, gains = (None if y is None else y[..., 0] for y in (x.log_steps, x.gains))
-        return adaptive_step(x.q, x.k, x.v, basis, state, log_steps=steps, gains=gains, readout=readout)
+        return adaptive_step(x.q, x.k, x.v, basis, state, log_steps=steps, gains=gains, readout=readout, write=write)
 
     return scan_tokens(step, inputs, state, segments)

@@ -4,7 +4,7 @@ With the decay D(t,s) = lambda_{s+1} ... lambda_t of each mode, D(t,0) from befo
 
     y_t    = D(t,0) (X_k^0 x_t) + sum_{s<=t} (x_t . k_s) D(t,s) beta_s           x_t: q_t or k_t
     w_t    = C^T f(C y_t)
-    p_t    = conj(w^k_t) / |w^k_t|^2 with corrections, else beta_t
+    p_t    = conj(w^k_t) / |w^k_t|^2 with corrections, else beta_t; also beta_t with damped ones, of other b and w
     P[t,s] = Re sum_m w_t[m] D(t,s)[m] p_s[m]
     u_t    = b_t (v_t - r_t) with corrections, else v_t;    r_t = sum_{s<t} P^k[t,s] u_s + carried^k_t
     o_t    = sum_{s<=t} P^q[t,s] u_s + carried^q_t,         carried_t = Re(w_t D(t,0))^T X_v^0
@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from idattn.ops.chunks import apply_readout, signed_readout
-from idattn.ops.discretize import Basis, discretize
+from idattn.ops.discretize import Basis, discretize, mode_weights
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.planes import complex_multiply, flatten_planes, to_planes
+from idattn.ops.planes import complex_multiply, flatten_planes, real_part_row, to_planes
 from idattn.ops.segments import PADDING, Segments
 from idattn.ops.tree import Tree, block_length, blocks, halves, join_right, make_tree
 from idattn.ops.tree_chunks import (
@@ -61,21 +61,31 @@ def attend(
     segments: Segments | None,
     *,
     readout: str,
+    write: str,
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs (B, T, H, E) and the state after each row's last token; see `idattn.ops.adaptive_attention`."""
-    return jax.checkpoint(partial(_attend, readout=readout, chunk_size=chunk_size))(
+    return jax.checkpoint(partial(_attend, readout=readout, write=write, chunk_size=chunk_size))(
         inputs, basis, initial_state, segments
     )
 
 
-def _attend(inputs: Inputs, basis: Basis, initial_state, segments, *, readout: str, chunk_size: int | None):
+def _attend(inputs: Inputs, basis: Basis, initial_state, segments, *, readout: str, write: str, chunk_size: int | None):
     table = signed_readout(basis, readout)
+    if write == "damped":
+        table = table / own_weights(basis, readout).reshape(-1, *[1] * (table.ndim - 1))
 
     def advance(inputs: Inputs, masks: Masks | None, state: jax.Array, K: int):
-        return _group(inputs, _token_steps(inputs.log_steps, basis, K, masks), table, state, masks, K)
+        return _group(inputs, _token_steps(inputs.log_steps, basis, K, masks), table, state, masks, K, write)
 
     return scan_groups(advance, inputs, initial_state, segments, chunk_size)
+
+
+def own_weights(basis: Basis, readout: str) -> jax.Array:
+    """h = Re(w^T beta) with w = C^T f(C beta), (G,): what a unit key alone reads of its own value."""
+    beta = flatten_planes(discretize(basis)[1])
+    w = real_part_row(mode_weights(basis, readout, beta[None, :, None]))[0, :, 0]
+    return jnp.sum(w * beta, axis=-1)
 
 
 class Steps(NamedTuple):
@@ -116,7 +126,13 @@ def _token_steps(log_steps: jax.Array | None, basis: Basis, K: int, masks: Masks
 
 
 def _group(
-    inputs: Inputs, steps: Steps, table: jax.Array, state: jax.Array, masks: Masks | None, K: int
+    inputs: Inputs,
+    steps: Steps,
+    table: jax.Array,
+    state: jax.Array,
+    masks: Masks | None,
+    K: int,
+    write: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs (B, T, H, E) of a group of chunks, and the state after it."""
     run = None if masks is None else masks.run
@@ -132,11 +148,13 @@ def _group(
         P, u = weights_on_tokens(w, tree, masks, False, dtype), v
         X_v, end_v = scan_states(v, find_moves(tree, N, masks), state[:, :, R:])
     else:
-        address = w[:, :, :, -1]  # with the sign of Re, the conjugate
-        address = address / (jnp.sum(address**2, axis=-1, keepdims=True) + FLOOR)
-        tree = make_tree(steps.log_size, steps.phase, to_planes(address), K, run)
-        P = weights_on_tokens(w, tree, masks, True, dtype)
-        gains, moves = split_tokens(inputs.gains, K), find_moves(tree, N, masks)
+        address, gains = w[:, :, :, -1], split_tokens(inputs.gains, K)  # with the sign of Re, the conjugate
+        size = jnp.sum(address**2, axis=-1, keepdims=True)
+        if write == "damped":
+            gains = gains / (1 + gains * size * jnp.sum(steps.beta**2, axis=(-2, -1))[..., None])
+        else:
+            tree = make_tree(steps.log_size, steps.phase, to_planes(address / (size + FLOOR)), K, run)
+        P, moves = weights_on_tokens(w, tree, masks, True, dtype), find_moves(tree, N, masks)
         u, X_v, end_v = scan_corrections(P[:, :, :, -1], at_start[:, :, :, -1], v, gains, moves, state[:, :, R:], dtype)
         P, at_start = P[:, :, :, :-1], at_start[:, :, :, :-1]
     o = read_tokens(P, u, at_start, X_v, dtype)

@@ -121,6 +121,7 @@ def test_token_by_token_equals_whole(name):
 
 SSM_OPTIONS = [
     {"write": "delta"},
+    {"write": "damped", "readout": "hermitian"},
     {"readout": "hermitian"},
     {"readout": "real"},
     {"a_init": "s4d_lin"},

@@ -270,14 +270,18 @@ def ideal_forward(
     return o, coefficients
 
 
-def adaptive_forward(case: Case, readout: str, segment_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def adaptive_forward(
+    case: Case, readout: str, segment_ids: np.ndarray | None = None, write: str = "delta"
+) -> tuple[np.ndarray, np.ndarray]:
     """Outputs and the final state, where the case has `log_steps`, `gains` or both, (B, T, G): token by token."""
     ids, c = _ids(case["q"], segment_ids), _dense_c(case)
     q, k, v = (_clean(case[name], ids) for name in ("q", "k", "v"))
     (B, T, G, R), E, J = k.shape, v.shape[-1], q.shape[2] // k.shape[2]
     state = _initial(case, (B, G, c.shape[1], R + E)).copy()
     f = {"transpose": lambda x: x, "hermitian": np.conj, "real": np.real}[readout]
-    o = np.zeros((B, T, G * J, E))
+    o, own = np.zeros((B, T, G * J, E)), np.ones(G)
+    if write == "damped":
+        own = np.array([(x.T @ f(x @ beta) @ beta).real for x, beta in zip(c, discretize(case)[1], strict=True)])
     for b, g in np.ndindex(B, G):
         x = state[b, g]
         for t, continues in _real_tokens(ids[b]):
@@ -288,12 +292,15 @@ def adaptive_forward(case: Case, readout: str, segment_ids: np.ndarray | None = 
             x = continues * lam[:, None] * x
             keys, values, address, u = x[:, :R] + np.outer(beta, k[b, t, g]), x[:, R:], beta, v[b, t, g]
             if "gains" in case:
-                w = c[g].T @ f(c[g] @ keys @ k[b, t, g])
-                u = case["gains"][b, t, g] * (u - (w @ values).real)
-                address = w.conj() / (np.sum(np.abs(w) ** 2) + 1e-12)
+                w, gain = c[g].T @ f(c[g] @ keys @ k[b, t, g]) / own[g], case["gains"][b, t, g]
+                if write == "damped":
+                    gain = gain / (1 + gain * np.sum(np.abs(w) ** 2) * np.sum(np.abs(beta) ** 2))
+                else:
+                    address = w.conj() / (np.sum(np.abs(w) ** 2) + 1e-12)
+                u = gain * (u - (w @ values).real)
             x = np.concatenate([keys, values + np.outer(address, u)], axis=1)
             for h in range(g * J, (g + 1) * J):
-                o[b, t, h] = (c[g].T @ f(c[g] @ x[:, :R] @ q[b, t, h]) @ x[:, R:]).real
+                o[b, t, h] = (c[g].T @ f(c[g] @ x[:, :R] @ q[b, t, h]) @ x[:, R:]).real / own[g]
         state[b, g] = x
     return o, _rows(state)
 
