@@ -1,0 +1,74 @@
+"""configs/study_recall.py: states of equal size, equal numbers of trials, and the study at a tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from configs import study_recall
+from idattn.config import from_config_dict
+from idattn.costs import state_size
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+import dataclasses
+
+from configs import study_recall
+from idattn.config import from_config_dict, to_config_dict
+
+STUDY = dataclasses.replace(
+    study_recall.STUDY,
+    cells=tuple(study_recall.STUDY.cell(name) for name in ("tune,gla+2,1", "8 pairs M=8,clock+damped,1")),
+    evaluate=("--tasks=mqar", "--lengths=66", "--entries=2", "--limit=4"),
+)
+
+
+def get_config(argument):
+    config = from_config_dict(study_recall.get_config(argument))
+    return to_config_dict(dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, model_dim=8, mlp_dim=8),
+        data=dataclasses.replace(config.data, source="mqar:pairs=2,rows=64", seq_len=66),
+        optim=dataclasses.replace(config.optim, warmup_steps=1),
+        train=dataclasses.replace(config.train, steps=2, batch_size=4, eval_every=2, checkpoint_every=1),
+    ))
+"""
+
+
+def test_every_condition_has_the_same_state_and_as_many_trials():
+    configs = {cell: from_config_dict(study_recall.get_config(str(cell))) for cell in study_recall.STUDY.cells}
+    trials = Counter(cell.condition.rpartition("+")[0] for cell in configs if cell.scale == "tune")
+    assert trials == dict.fromkeys(study_recall.CONDITIONS, 6)
+    for cell, config in configs.items():
+        (mixer,), modes = config.model.mixers, config.model.ssm.num_modes
+        if mixer != "softmax":
+            assert state_size(config.model, mixer, config.data.seq_len) == 4 * modes * 64
+        assert cell.scale in ("tune", f"{config.data.source[11:].split(',')[0]} pairs M={modes}")
+    rest = [cell for cell in configs if cell.scale != "tune"]
+    assert len(rest) == len(study_recall.SIZES) * len(study_recall.CONDITIONS) * len(study_recall.SEEDS)
+
+
+def test_what_was_tuned_is_taken(monkeypatch):
+    monkeypatch.setitem(study_recall.TUNED, "damped", study_recall.Trial(1e-2, 1.0))
+    config = study_recall.get_config("32 pairs M=8,damped,3")
+    assert (config.optim.peak_lr, config.model.ssm.c_init_scale, config.seed) == (1e-2, 1.0, 3)
+    with pytest.raises(ValueError, match="cell='32 pairs M=8,dampd,3' is not known. Did you mean"):
+        study_recall.get_config("32 pairs M=8,dampd,3")
+
+
+def test_the_study_at_a_tiny_size(tmp_path):
+    """Both stages; a second call finds nothing left to do."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    command = [sys.executable, "-m", "launch.study", f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path}"]
+    settings = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 of 2 cells." in done.stdout, done.stderr
+    for cell in ("tune,gla+2,1", "8 pairs M=8,clock+damped,1"):
+        record = json.loads((tmp_path / "cells" / f"{cell}.json").read_text())
+        assert 0 <= record["evaluations"]["mqar"]["metrics"]["2 pairs in 66"] <= 1
+    again = subprocess.run([*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
+    assert not again.stdout
