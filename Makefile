@@ -9,7 +9,6 @@ RUN := $(VENV)/bin/python
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
-TYPES := $(VENV)/.types
 # libtpu has an environment on top of the other one: where it is installed, every program warns that it finds no TPU.
 LIBTPU_VENV := $(VENV)-libtpu
 LIBTPU_RUN := $(LIBTPU_VENV)/bin/python
@@ -23,11 +22,15 @@ define overlay
 	@$(PY) -m venv --without-pip $(1)
 	@$(RUN) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 	    > $(1)/lib/python$(VERSION)/site-packages/base.pth
-	@$(RUN) -m pip --python $(1)/bin/python install --quiet 'idattn[$(2)]'  # the one in $(VENV)
+	@$(RUN) -m pip --python $(1)/bin/python install --quiet --no-compile 'idattn[$(2)]'  # the one in $(VENV)
 	@touch $(1)/.ready
 endef
 
-.PHONY: help quickstart test test-slow test-gpu-compile lint types format docs notebooks wheel clean
+# Modules are compiled as they are imported: most of those that pip would compile never are.
+INSTALL := $(RUN) -m pip install --quiet --no-compile
+
+.PHONY: help quickstart test test-quick test-libtpu test-slow test-gpu-compile lint style types format docs notebooks \
+    wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,9 +38,17 @@ help:  ## list the targets
 quickstart: $(CORE)  ## train a small language model on a CPU
 	$(RUN) -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: lint $(LIBTPU)  ## lint, and run all tests but the slow ones
+# Processes of the tests wait for one another; types and the TPU's compiler fill those gaps, and say at their end what
+# they have found.
+test: style  ## lint, and run all tests but the slow ones
+	@$(MAKE) --no-print-directory --jobs=3 test-quick test-libtpu types
+
+test-quick: $(DEV)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not libtpu and not gpu_compile'
-	$(LIBTPU_RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and libtpu'
+
+test-libtpu: $(LIBTPU)
+	@said=$$($(LIBTPU_RUN) -m pytest -m 'not slow and libtpu' 2>&1); code=$$?; \
+	    printf '\nTests with libtpu:\n%s\n' "$$said"; exit $$code
 
 test-slow: $(LIBTPU)  ## run the tests that take minutes each
 	$(RUN) -m pytest -m 'slow and not libtpu and not gpu_compile'
@@ -46,12 +57,14 @@ test-slow: $(LIBTPU)  ## run the tests that take minutes each
 test-gpu-compile: $(CUDA)  ## run the tests that compile for GPUs, without one
 	$(CUDA_RUN) -m pytest -m gpu_compile
 
-lint: $(DEV) types  ## check style, format and types
+lint: style types  ## check style, format and types
+
+style: $(DEV)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
-types: $(TYPES)  ## check types
-	$(RUN) -m pyright --pythonpath $(RUN)
+types: $(DEV)  ## check types
+	@said=$$($(RUN) -m pyright --pythonpath $(RUN) 2>&1); code=$$?; printf '\nTypes: %s\n' "$$said"; exit $$code
 
 format: $(DEV)  ## apply style and format
 	$(RUN) -m ruff check --fix
@@ -73,23 +86,18 @@ clean:  ## delete environments, builds and caches
 $(CORE): pyproject.toml
 	@echo 'Setting up $(VENV): the packages that idattn runs with (about 800 MB)'
 	@$(PY) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --editable .
+	@$(INSTALL) --editable .
 	@touch $@
 
 $(DEV): $(CORE)
 	@echo 'Adding the tools and packages of the tests to $(VENV) (about 900 MB)'
-	@$(RUN) -m pip install --quiet --editable '.[dev]'
-	@$(RUN) -m pip install --quiet --no-deps mistral-common  # only for its SentencePiece model, which a test reads
+	@$(INSTALL) --editable '.[dev,types]'
+	@$(INSTALL) --no-deps mistral-common  # only for its SentencePiece model, which a test reads
 	@touch $@
 
 $(DOCS): $(CORE)
 	@echo 'Adding what builds the pages to $(VENV)'
-	@$(RUN) -m pip install --quiet --editable '.[docs]'
-	@touch $@
-
-$(TYPES): $(DEV)
-	@echo 'Adding pyright to $(VENV)'
-	@$(RUN) -m pip install --quiet --editable '.[types]'
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(LIBTPU): $(DEV)

@@ -4,6 +4,7 @@ A test that compiles for TPUs takes the fixture `libtpu`, one that compiles for 
 marker of its name.
 """
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, which is there to compile with, would look for a TPU
@@ -11,9 +12,11 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # and the CUDA pl
 
 from jaxlib.version import __version__ as JAXLIB  # noqa: E402
 
-FUSION = "xla_cpu_use_fusion_emitters"  # takes two thirds of the time that XLA takes to compile for a CPU
+# The emitters take two thirds of the time that XLA takes to compile for a CPU; each part of a program that is compiled
+# by itself takes time too, and the workers leave no core idle that could compile it.
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if JAXLIB.startswith("0.10."):  # XLA ends a process that names a flag which it has no longer
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{FUSION}=false".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +26,7 @@ from idattn.plan.compiler import load_compiler  # noqa: E402
 from idattn.plan.gpus import find_plugin, load_gpu_compiler  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
+gc.set_threshold(100_000, 20, 100)  # tracing makes objects in masses: Python would search them a sixth of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")  # users may have it so, and shapes that differ are faults
 
 
