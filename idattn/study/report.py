@@ -4,6 +4,7 @@ Validation losses are the best of each run, as in the paper; spreads are sample 
 Conditions are compared seed by seed, since a seed fixes the data and its order for all of them.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from idattn.config import Config
 from idattn.costs import count_parameters, state_size
@@ -19,16 +21,17 @@ from idattn.files import write_atomic
 from idattn.study.figures import draw
 from idattn.study.grid import Cell, best_loss, by_condition
 
-# What the paper's table 4 says, each as the condition that does better there, and the other.
-CLAIMS = (
-    ("queries read better than a linear readout, input [xi(k), v]", "interdomain", "dual_linear"),
-    ("queries read better than a linear readout, generic input", "single_query", "s4d"),
-    ("[xi(k), v] is a better input than a generic one", "interdomain", "single_query"),
-    ("interdomain is better than s4d", "interdomain", "s4d"),
-    ("interdomain is better than softmax", "interdomain", "softmax"),
-    ("RoPE helps interdomain", "interdomain", "interdomain_norope"),
-    ("RoPE harms s4d", "s4d", "s4d_rope"),
-)
+# What some orderings of the paper's table 4 say: the condition that does better there, and the other.
+MEANINGS = {
+    ("interdomain", "dual_linear"): "queries read better than a linear readout, input [xi(k), v]",
+    ("single_query", "s4d"): "queries read better than a linear readout, generic input",
+    ("interdomain", "single_query"): "[xi(k), v] is a better input than a generic one",
+    ("interdomain", "s4d"): "interdomain is better than s4d",
+    ("interdomain", "softmax"): "interdomain is better than softmax",
+    ("interdomain", "interdomain_norope"): "RoPE helps interdomain",
+    ("s4d", "s4d_rope"): "RoPE harms s4d",
+}
+LEVEL = 0.05  # of the probability that any verdict of a scale is wrong
 _MIN_SEEDS = 3
 
 
@@ -72,7 +75,7 @@ def write_report(
         "dates": sorted({record["date"] for record in done.values()}),
         "reference": reference,
         "validation": _validation(configs, done, reference, is_text),
-        "claims": _claims(done) if is_text else [],
+        "orderings": _orderings(done) if is_text else [],
         "measured": _measured(configs, done),
     }
     write_atomic(workdir / "report.json", json.dumps(results, indent=1) + "\n")
@@ -123,44 +126,64 @@ def _paper_perplexity(config: Config) -> str:
     return f"{setting_note(scale, config, steps)}{values[mixer]:.2f} ({change:+.1f} %)"
 
 
-def _claims(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The differences of each claim at each scale, seed by seed, in nats; negative where the claim holds."""
+def _orderings(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every pair of conditions of the paper's table 4, in its order, at each scale: differences in nats, seed by seed.
+
+    They are negative where they have the sign of the paper's.
+    """
     _, paper = RESULTS["perplexity", "perplexity"]
     rows = []
     for scale in dict.fromkeys(cell.scale for cell in done):
-        for text, better, worse in CLAIMS:
+        pairs = []
+        for better, worse in itertools.combinations(sorted(paper, key=lambda name: paper[name]), 2):
             differences = {
                 cell.seed: best_loss(record) - best_loss(done[other])
                 for cell, record in done.items()
                 if (cell.scale, cell.condition) == (scale, better) and (other := cell._replace(condition=worse)) in done
             }
             if differences:
-                rows.append(
+                pairs.append(
                     {
                         "scale": scale,
-                        "claim": text,
                         "conditions": [better, worse],
+                        "meaning": MEANINGS.get((better, worse), ""),
                         "differences": differences,
                         "difference": Spread.of(differences.values()),
                         "paper": math.log(paper[better] / paper[worse]),
-                        "verdict": verdict(list(differences.values())),
+                        "p": p_value(list(differences.values())),
                     }
                 )
+        for row, p in zip(pairs, holm([row["p"] for row in pairs]), strict=True):
+            rows.append(row | {"corrected p": p, "verdict": verdict(row["differences"].values(), p)})
     return rows
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """Whether differences, which are negative where a claim holds, exceed their spread.
+def p_value(differences: Sequence[float]) -> float:
+    """Of a two-sided t-test that the mean is 0, exact for normal differences; 1 for a single one."""
+    if len(differences) < 2 or not np.any(differences):
+        return 1.0
+    if np.ptp(differences) == 0:
+        return 0.0
+    return float(stats.ttest_1samp(differences, 0).pvalue)
 
-    They do where all have the sign of their mean, and the mean exceeds two of their standard deviations.
-    """
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected so that all of those below a level are right but with a probability of that level (Holm)."""
+    order = np.argsort(p_values)
+    stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
+    return corrected.tolist()
+
+
+def verdict(differences: Iterable[float], corrected_p: float) -> str:
+    """What differences, which are negative where they have the paper's sign, say of its ordering."""
+    differences = list(differences)
     if len(differences) < _MIN_SEEDS:
         return f"{len(differences)} of {_MIN_SEEDS} seeds"
-    mean, sd = Spread.of(differences)
-    assert sd is not None, "of several seeds"
-    if abs(mean) <= 2 * sd or any(x * mean <= 0 for x in differences):
-        return "within the spread"
-    return "holds" if mean < 0 else "reversed"
+    if corrected_p >= LEVEL:
+        return "undecided"
+    return "as the paper" if np.mean(differences) < 0 else "reversed"
 
 
 def _measured(
@@ -220,17 +243,19 @@ def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> 
             ),
         ),
     ]  # fmt: skip
-    if results["claims"]:
+    if results["orderings"]:
         parts += [
-            "## What held of the paper's claims",
-            "Differences in nats per token, seed by seed; negative is what the paper says. A claim *holds*, or is "
-            "*reversed*, where all seeds agree in sign and the mean is more than two standard deviations.",
+            "## The orderings of the paper's table 4",
+            "Differences in nats per token, seed by seed; negative is what the paper says. p is of a paired t-test, "
+            f"corrected (Holm) over all orderings of a scale: the chance that any verdict is wrong is {LEVEL}.",
             _table(
-                ("scale", "claim (table 4)", "difference", "paper, 125M", "here"),
-                results["claims"],
+                ("scale", "ordering", "difference", "paper, 125M", "p", "corrected", "here"),
+                results["orderings"],
                 lambda row: (
-                    row["scale"], f"{row['claim']} (`{'` - `'.join(row['conditions'])}`)",
-                    row["difference"].show(4, "+"), f"{row['paper']:+.4f}", f"**{row['verdict']}**",
+                    row["scale"],
+                    "`{}` < `{}`".format(*row["conditions"]) + (f": {row['meaning']}" if row["meaning"] else ""),
+                    row["difference"].show(4, "+"), f"{row['paper']:+.4f}", f"{row['p']:.2g}",
+                    f"{row['corrected p']:.2g}", f"**{row['verdict']}**",
                 ),
             ),
         ]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from configs import paper
 from idattn.config import from_config_dict
 from idattn.study import Cell, Study, grid, read_records, record_file, write_report
-from idattn.study.report import verdict
+from idattn.study.report import holm, p_value, verdict
 
 ROOT = Path(__file__).parents[2]
 CELLS = grid(["125M"], ["softmax", "interdomain", "s4d"], [1, 2, 3])
@@ -76,12 +76,20 @@ def test_numbers(folder, tmp_path):
     assert "other setting (1.3B): 0.655 (1024)" in text
     assert "| other setting (1.3B): 2.077 (loss); 16.48 (perplexity) |" in text
 
-    claims = {tuple(row["conditions"]): row for row in results["claims"]}
-    assert set(claims) == {("interdomain", "s4d"), ("interdomain", "softmax")}  # the others' cells are not in the study
+    orderings = {tuple(row["conditions"]): row for row in results["orderings"]}
+    # All of the cells that are there, the better one of the paper's first.
+    assert list(orderings) == [("interdomain", "softmax"), ("interdomain", "s4d"), ("softmax", "s4d")]
     differences = losses["interdomain"] - losses["s4d"]
-    claim = claims["interdomain", "s4d"]
-    assert claim["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
-    assert claim["paper"] == pytest.approx(math.log(16.48 / 19.22)) and claim["verdict"] == "holds"
+    row = orderings["interdomain", "s4d"]
+    assert row["difference"] == pytest.approx([differences.mean(), differences.std(ddof=1)], rel=1e-9)
+    # The probability that Student's t of two degrees of freedom is as far from 0: 1 - |t| / sqrt(2 + t^2).
+    t = differences.mean() / differences.std(ddof=1) * math.sqrt(3)
+    assert row["p"] == pytest.approx(1 - abs(t) / math.sqrt(2 + t**2), rel=1e-9)
+    assert row["paper"] == pytest.approx(math.log(16.48 / 19.22))
+    smaller = [other["p"] < row["p"] for other in orderings.values()]
+    assert row["corrected p"] >= row["p"] * (3 - sum(smaller))
+    assert row["verdict"] == ("as the paper" if row["corrected p"] < 0.05 else "undecided")
+    assert "`interdomain` < `s4d`: interdomain is better than s4d" in text and "| `softmax` < `s4d` |" in text
     for file in ("compute.png", "seeds.png", "length.png"):
         assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
 
@@ -89,22 +97,42 @@ def test_numbers(folder, tmp_path):
 def test_what_is_no_text_is_not_compared_with_the_paper(folder, tmp_path):
     write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS), is_text=False)
     results = json.loads((tmp_path / "report.json").read_text())
-    assert results["claims"] == [] and {row["paper"] for row in results["validation"]} == {""}
+    assert results["orderings"] == [] and {row["paper"] for row in results["validation"]} == {""}
 
 
 @pytest.mark.parametrize(
-    ("differences", "expected"),
+    ("differences", "p", "expected"),
     [
-        ([-0.3, -0.2], "2 of 3 seeds"),
-        ([-0.3, -0.2, -0.25], "holds"),
-        ([0.3, 0.2, 0.25], "reversed"),
-        ([-0.3, -0.1, -0.01], "within the spread"),
-        ([-0.3, -0.3, -0.3, -0.3, -0.3, -0.3, -0.3, 0.001], "within the spread"),
-        ([0.0, 0.0, 0.0], "within the spread"),
+        ([-0.3, -0.2], 0.001, "2 of 3 seeds"),
+        ([-0.3, -0.2, -0.25], 0.0499, "as the paper"),
+        ([0.3, 0.2, 0.25], 0.0499, "reversed"),
+        ([-0.3, -0.2, -0.25], 0.05, "undecided"),
     ],
 )
-def test_verdict(differences, expected):
-    assert verdict(differences) == expected
+def test_verdict(differences, p, expected):
+    assert verdict(differences, p) == expected
+
+
+def test_p_values():
+    assert p_value([1.0]) == p_value([0.0, 0.0, 0.0]) == 1 and p_value([0.5, 0.5]) == 0
+    # Textbook values of Student's t: 2.776 of 4 degrees of freedom, 12.706 of 1.
+    for t, n in ((2.776445, 5), (12.706205, 2)):
+        x = np.resize([1.0, -1.0], n) if n % 2 == 0 else np.array([1.0, -1.0, 0.0, 1.0, -1.0])
+        assert p_value((x + t * x.std(ddof=1) / math.sqrt(n)).tolist()) == pytest.approx(0.05, rel=1e-5)
+    # Holm's own way: the smallest times 4, the next times 3 and no less, and so on.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
+
+
+def test_a_false_verdict_of_any_ordering_is_rare():
+    """Seven conditions that do not differ, in 300 studies of 5 seeds: 21 orderings each."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(300):
+        losses = rng.normal(size=(7, 5)) + rng.normal(size=5)
+        differences = [losses[i] - losses[j] for i in range(7) for j in range(i)]
+        wrong += min(holm([p_value(x) for x in differences])) < 0.05
+    assert wrong <= 26  # 15 expected at most; three standard deviations of a binomial are 11
 
 
 def test_failed_and_missing_cells_count_nowhere(folder, tmp_path):
@@ -122,8 +150,7 @@ def test_failed_and_missing_cells_count_nowhere(folder, tmp_path):
     assert list(rows["s4d"]["losses"]) == ["1", "3"] and list(rows["softmax"]["losses"]) == ["1", "2"]
     both = [100 * math.expm1(LOSSES[CELLS[1]._replace(seed=n)] - LOSSES[CELLS[0]._replace(seed=n)]) for n in (1, 2)]
     assert rows["interdomain"]["percent against reference"][0] == pytest.approx(np.mean(both))
-    claims = {tuple(row["conditions"]): row["verdict"] for row in results["claims"]}
-    assert claims == {("interdomain", "s4d"): "2 of 3 seeds", ("interdomain", "softmax"): "2 of 3 seeds"}
+    assert {row["verdict"] for row in results["orderings"]} == {"2 of 3 seeds", "1 of 3 seeds"}
 
 
 def change(key, value):
