@@ -23,7 +23,7 @@ STUDY = Study(
         f"--out={paper.FOLDER}",
     ),
     evaluate=(
-        "--tasks=perplexity,length,passkey,phonebook,commonsense,based_recall,longbench14",
+        "--tasks=perplexity,length,passkey,phonebook,commonsense,wikitext,based_recall,longbench14",
         "--lengths=1024,2048,4096,8192,14336",
     ),
 )  # fmt: skip

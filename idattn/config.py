@@ -191,7 +191,7 @@ class DataConfig:
     holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders
     tokenizer: str = "bytes"  # or what `idattn.data.load_tokenizer` takes; for a prepared folder that folder
     seq_len: int  # T, tokens in a window
-    documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them
+    documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them [O]
 
     def __post_init__(self):
         check_types(self)

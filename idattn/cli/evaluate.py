@@ -9,11 +9,13 @@ passkey     RULER S-NIAH-1 in prompts of each of --lengths
 phonebook   a number of a phone book of each of --entries
 mqar        recall of each of --entries pairs of tokens in each of --lengths
 any task of lm-evaluation-harness (the extra "eval"), and lists of the paper's: commonsense (eight tasks), based_recall,
-            longbench14; with --eval_data the eight tasks are read from there, not from the network
+            longbench14; with --eval_data the eight tasks are read from there, not from the network. Rows longer than
+            those of training are cut as the harness does it; --window=0 reads them whole
 
 OUT/results.json and OUT/results.md are written after every task; they retain the results of other tasks.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -52,13 +54,20 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_rows", None, "Rows of each task of lm-evaluation-harness; all if not given.", 1)
     flags.DEFINE_integer("max_tokens", 2**20, "Tokens to read of each text, from its beginning.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2**14, "Tokens of the rows that are read together.", lower_bound=1)
+    flags.DEFINE_integer(
+        "window",
+        None,
+        "Tokens of a row of lm-evaluation-harness that are read: longer ones lose their beginning, or are read in such "
+        "windows where their perplexity is asked for. The trained length if not given; 0 reads every row whole.",
+        lower_bound=0,
+    )
     flags.DEFINE_integer("seed", 42, "Seed of the questions.")
     flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "Dtype of stored states.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that are read at a time.", lower_bound=1)
 
 
 def settings() -> Settings:
-    """What the flags say of the tasks."""
+    """What the flags say of the tasks, with rows as long as they are."""
     for name in ("lengths", "entries"):
         if not all(value.isdecimal() and int(value) for value in getattr(FLAGS, name)):
             raise ValueError(f"--{name}={','.join(getattr(FLAGS, name))} must be whole numbers above 0.")
@@ -82,6 +91,8 @@ def main(_):
         check_task(task)
     wanted = settings()
     config, params, step = load_params(FLAGS.checkpoint)
+    window = config.data.seq_len if FLAGS.window is None else FLAGS.window or None
+    wanted = dataclasses.replace(wanted, window=window)
     out = resolve_path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
@@ -101,7 +112,7 @@ def main(_):
     subject = Subject(config, params, model.decoder, model.tokenizer)
     about = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "settings": {name: getattr(FLAGS, name) for name in RECORDED},
+        "settings": {name: getattr(FLAGS, name) for name in RECORDED} | {"window": window},
     }
     for task in FLAGS.tasks:
         results["tasks"][task] = run_task(task, subject, wanted) | about

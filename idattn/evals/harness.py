@@ -1,11 +1,13 @@
 """The model in lm-evaluation-harness: its tasks, the paper's lists of them, and the eight tasks from local files.
 
-One BOS is put before every context, and nothing is ever cut: a row is read whole, however long.
+One BOS is put before every context. Rows longer than a window are cut as lm-evaluation-harness cuts them: what is
+scored or continued keeps its last tokens, and a text whose perplexity is asked for is read in windows.
 """
 
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,18 +57,20 @@ class Measured(NamedTuple):
     version: float | str | None
 
 
-def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
+def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int, window: int | None = None) -> Any:
     """An `lm_eval.api.model.LM` of the model.
 
     Args:
       decoder: the model.
       tokenizer: of the model.
       batch_tokens: of the rows that are read together, at least one row.
+      window: the most tokens that are read of a row; None for rows that are read whole, however long.
 
     Raises:
       ImportError: lm-eval is missing.
     """
     api = optional.load("lm_eval.api.model", "lm-evaluation-harness", "eval")
+    longest = window or sys.maxsize
 
     def encode(text: str) -> np.ndarray:
         return encode_prompt(tokenizer, text)
@@ -76,6 +80,15 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
 
     def score(rows: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         return score_rows(decoder, rows, batch_size(rows))
+
+    def cut_prompt(prompt: str, num_tokens: int) -> str:
+        """The end of a prompt after which a window has room for so many tokens."""
+        row = encode(prompt)
+        if len(row) + num_tokens <= longest:
+            return prompt
+        if num_tokens + 1 >= longest:
+            raise ValueError(f"{num_tokens} tokens to write leave no room in a window of {window}; use a longer one.")
+        return tokenizer.decode(row[1:][len(row) + num_tokens - longest :])  # without BOS, which is put before it
 
     class Adapter(api.LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -91,16 +104,26 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
                         f"continuation {continuation!r} of {context[-40:]!r} has no token to score: the "
                         "tokenizer drops it. Leave out the row, or use a tokenizer that encodes spaces."
                     )
-                rows.append(row)
-                starts.append(start)
+                if len(row) - start > longest:
+                    raise ValueError(
+                        f"continuation {continuation[:40]!r} of {len(row) - start} tokens is longer than a window of "
+                        f"{window}; use a longer one."
+                    )
+                cut = max(len(row) - longest - 1, 0)  # what comes before the window's first token to be read
+                rows.append(row[cut:])
+                starts.append(start - cut)
             return [
                 (float(log_probs[start:].sum(dtype=np.float64)), bool(is_best[start:].all()))
                 for start, (log_probs, is_best) in zip(starts, score(rows), strict=True)
             ]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            rows = [encode(text) for (text,) in (request.args for request in requests)]
-            return [float(log_probs.sum(dtype=np.float64)) for log_probs, _ in score(rows)]
+            texts = [encode(text) for (text,) in (request.args for request in requests)]
+            parts = [(n, *part) for n, row in enumerate(texts) for part in rolling_windows(row, longest)]
+            sums = np.zeros(len(texts))
+            for (n, _, start), (log_probs, _) in zip(parts, score([row for _, row, _ in parts]), strict=True):
+                sums[n] += log_probs[start:].sum(dtype=np.float64)
+            return sums.tolist()
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             alike = defaultdict(list)
@@ -108,9 +131,9 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
                 alike[json.dumps(settings, sort_keys=True)].append(number)
             written = [""] * len(requests)
             for settings, numbers in alike.items():
-                prompts = [requests[n].args[0] for n in numbers]
-                size = batch_size([encode(prompt) for prompt in prompts])
                 options = _options(json.loads(settings))
+                prompts = [cut_prompt(requests[n].args[0], options["num_tokens"]) for n in numbers]
+                size = batch_size([encode(prompt) for prompt in prompts])
                 texts = continue_texts(
                     decoder, tokenizer, prompts, batch_size=size, stop_tokens=(tokenizer.bos_id,), **options
                 )
@@ -119,6 +142,25 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int) -> Any:
             return written
 
     return Adapter()
+
+
+def rolling_windows(row: np.ndarray, window: int) -> list[tuple[np.ndarray, int]]:
+    """A row in windows, every token but the first scored once, as lm-evaluation-harness divides it.
+
+    Args:
+      row: (n,) ids, BOS first.
+      window: tokens that are read for each; each window but the last begins with the last one of the window before. The
+        last one has as many as the others, most of them scored before, if the row is that long.
+
+    Returns:
+      For each the ids, up to window + 1, and the index among them from which on they are scored.
+    """
+    windows = []
+    for first in range(1, max(len(row), 2), window):
+        end = min(first + window, len(row))
+        begin = max(end - 1 - window, 0)
+        windows.append((row[begin:end], first - begin))
+    return windows
 
 
 def _common_prefix(row: np.ndarray, other: np.ndarray) -> int:

@@ -46,6 +46,7 @@ _LARGE = {  # at 1.3B, one value for each of _MIXERS; shares are of 1
     ("phonebook", "64"): (0.455, 0.0, 0.0),
     ("phonebook", "128"): (0.24, 0.0, 0.0),
 }
+_WINDOW = 4096  # tokens that its rows of lm-eval were cut to, its trained length: softmax's WikiText-2 tells
 # Versions of lm-eval's tasks before the changes that make their results incomparable; lm-eval 0.4.13 has version 1.
 _VERSIONS = {"swde": 0, "fda": 0, "squad_completion": 0}
 RESULTS: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
@@ -68,8 +69,8 @@ def setting_note(scale: str, config: Config, step: int, *, local: bool = False) 
 
     The setting is the same where width, depth, vocabulary (32,000), context (4,096) and training tokens (to 1 %) are,
     and the questions are not `local`: rows of local files, which may be others than lm-eval's, or ask otherwise, or of
-    a version of the task that cannot be compared. The text that was trained and evaluated on is for the reader to
-    compare.
+    a version of the task that cannot be compared, or read in other windows. The text that was trained and evaluated on
+    is for the reader to compare.
     """
     width, depth, tokens = _SCALES[scale]
     model = config.model
@@ -95,7 +96,10 @@ def table(results: dict[str, Any], config: Config) -> str:
             # Within a list, and for a single task, the metric's name begins with the task's.
             name, _, rest = metric.rpartition(" ")
             of = name or task
-            other = of in _VERSIONS and result.get("versions", {}).get(of) != _VERSIONS[of]
+            versions = result.get("versions", {})  # of lm-eval and its tasks
+            other = (of in _VERSIONS and versions.get(of) != _VERSIONS[of]) or (
+                bool(versions) and result.get("window") != _WINDOW
+            )
             setting: Any = dict(config=config, step=results["step"], local=result.get("local", False) or other)
             paper = paper_values(task, metric, **setting) or paper_values(name, rest, **setting)
             error = result.get("errors", {}).get(metric)

@@ -34,6 +34,7 @@ class Settings:
     max_rows: int | None = None  # of each task of lm-evaluation-harness; None: all
     max_tokens: int = 2**20  # to read of each text, from its beginning
     batch_tokens: int = 2**14  # of the rows that are read together
+    window: int | None = None  # tokens that lm-evaluation-harness's rows are cut to; None: none is cut
     seed: int = 42  # of the questions
     figures: epath.Path | None = None  # folder for plots; None: none are drawn
 
@@ -167,7 +168,7 @@ def mqar(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 def lm_eval(subject: Subject, settings: Settings, task: str) -> dict[str, Any]:
     """The metrics of a task of lm-evaluation-harness; those of a list with the mean that the paper gives."""
-    lm = harness.make_lm(subject.decoder, subject.tokenizer, settings.batch_tokens)
+    lm = harness.make_lm(subject.decoder, subject.tokenizer, settings.batch_tokens, settings.window)
     results = harness.evaluate(lm, harness.LISTS.get(task, (task,)), settings.eval_data, settings.max_rows)
     metrics = {f"{name} {metric}": x for name, result in results.items() for metric, x in result.metrics.items()}
     errors = {f"{name} {metric}": x for name, result in results.items() for metric, x in result.errors.items()}
@@ -180,6 +181,7 @@ def lm_eval(subject: Subject, settings: Settings, task: str) -> dict[str, Any]:
         "metrics": metrics,
         "errors": errors,
         "local": bool(settings.eval_data),
+        "window": settings.window,
         "versions": {"lm_eval": harness.package_version()} | versions,
     }
 

@@ -10,7 +10,7 @@ from support.models import make_model, next_log_probs
 from tokenizers import Tokenizer, models
 
 from idattn.data import load_tokenizer
-from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm, task_names
+from idattn.evals.harness import LISTS, evaluate, local_task, main_metric, make_lm, rolling_windows, task_names
 from idattn.inference import Decoder, generate_text
 
 BYTES = load_tokenizer("bytes")
@@ -67,6 +67,47 @@ def test_requests(model, decoder, lm):
     assert written == [whole, whole[: whole.index(whole[4:6])], longer]
     with pytest.raises(ValueError, match=r"generation settings \['num_beams'\] are not known"):
         lm.generate_until(requests(("ab", {"num_beams": 2})))
+
+
+def test_long_rows_are_cut(model, decoder):
+    """To a window, as lm-eval's own adapters cut them: it says which tokens are read for each that is scored."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    window = 7
+    lm = make_lm(decoder, BYTES, 128, window)
+    ids = np.arange(2, 22)
+    for n in range(1, 21):
+        expected = [
+            (a + b, len(a))
+            for a, b in map(make_disjoint_window, get_rolling_token_windows([*ids[:n]], 1, window, context_len=1))
+        ]
+        actual = rolling_windows(np.array([1, *ids[:n]]), window)
+        assert [(row.tolist()[start:], len(row) - start) for row, start in actual] == [
+            (row[start:], len(row) - start) for row, start in expected
+        ]
+        assert [row.tolist()[: len(row) - 1] for row, _ in actual] == [list(row[:-1]) for row, _ in expected]
+    text = "twenty-two characters."
+    row = np.array([BYTES.bos_id, *text.encode()])
+    by_hand = 0.0  # every token after those of its window, counted one by one
+    for t in range(1, len(row)):
+        first = (t - 1) // window * window
+        begin = max(min(first + window, len(row) - 1) - window, 0)
+        by_hand += next_log_probs(model, row[begin:t], 64)[-1][row[t]]
+    assert_close(lm.loglikelihood_rolling(requests((text,))), [by_hand], "float32", reduction=64)
+    whole = make_lm(decoder, BYTES, 128).loglikelihood_rolling(requests((text,)))
+    assert abs(whole[0] - by_hand) > 1e-3
+
+    ((scored, _),) = lm.loglikelihood(requests(("twenty-two", " char")))
+    last = np.array([*b"-two char"][-window - 1 :])  # 7 are read, and the last 5 scored
+    log_probs = next_log_probs(model, last, 64)
+    expected = log_probs[np.arange(2, 7), last[3:]].sum()
+    assert_close([scored], [float(expected)], "float32", reduction=64)
+    (written,) = lm.generate_until(requests(("twenty-two", {"max_gen_toks": 3, "until": []})))
+    assert written == generate_text(decoder, BYTES, ["two"], 3, temperature=0.0)[0].text
+    with pytest.raises(ValueError, match="continuation 'eight ch' of 9 tokens is longer than a window of 7"):
+        lm.loglikelihood(requests(("a ", "eight ch")))
+    with pytest.raises(ValueError, match="6 tokens to write leave no room in a window of 7"):
+        lm.generate_until(requests(("abcdef", {"max_gen_toks": 6, "until": []})))
 
 
 def direct_best(model, context):

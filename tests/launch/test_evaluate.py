@@ -44,6 +44,9 @@ def test_results(checkpoint, tmp_path, capsys):
     assert (tmp_path / "out" / "length.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "rows.jsonl").write_text('{"task": "piqa", "query": "a", "choices": ["b", "c"], "gold": 0}\n' * 3)
     piqa = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2")["tasks"]["piqa"]
+    assert piqa["settings"]["window"] == piqa["window"] == 16, "the trained length"
+    whole = run("--tasks=piqa", f"--eval_data={tmp_path / 'rows.jsonl'}", "--max_rows=2", "--window=0")["tasks"]["piqa"]
+    assert whole["settings"]["window"] is whole["window"] is None
     assert piqa["settings"]["max_rows"] == 2 and piqa["local"] and {*piqa["metrics"]} == {"piqa acc", "piqa acc_norm"}
     # What is there stays, as it was.
     both = run("--tasks=passkey,phonebook", "--lengths=700", "--entries=3")
@@ -115,11 +118,23 @@ def test_local_rows_are_another_setting(local, note):
 
 
 @pytest.mark.parametrize(
-    ("version", "note"), [(0, ""), (1, "other setting (1.3B): "), (None, "other setting (1.3B): ")]
+    ("version", "window", "note"),
+    [
+        (0, 4096, ""),
+        (1, 4096, "other setting (1.3B): "),
+        (None, 4096, "other setting (1.3B): "),
+        (0, None, "other setting (1.3B): "),
+        (0, 2048, "other setting (1.3B): "),
+    ],
 )
-def test_tasks_of_another_version_are_another_setting(version, note):
-    measured = {"metrics": {"fda contains": 0.25}, "errors": {"fda contains": 0.125}, "versions": {"fda": version}}
-    results = {"step": 49_592, "tasks": {"based_recall": measured}}
-    row = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")[-1]
+def test_tasks_of_another_version_or_window_are_another_setting(version, window, note):
+    measured = {"metrics": {"fda contains": 0.25}, "errors": {"fda contains": 0.125}}
+    measured |= {"versions": {"fda": version}, "window": window}
+    wiki = {"metrics": {"wikitext word_perplexity": 20.0}, "versions": {"wikitext": 2}, "window": window}
+    results = {"step": 49_592, "tasks": {"based_recall": measured, "wikitext": wiki}}
+    *_, fda, wikitext = table(results, from_config_dict(get_config("1.3B,interdomain"))).split("\n")
     paper = "softmax 0.5045, interdomain 0.0953, s4d 0.0036"
-    assert row == f"| based_recall | fda contains | 0.2500 ± 0.1250 | {note}{paper} |"
+    assert fda == f"| based_recall | fda contains | 0.2500 ± 0.1250 | {note}{paper} |"
+    of_window = note if window != 4096 else ""
+    paper = f"{of_window}softmax 20.55, interdomain 19.77, s4d 25.27"
+    assert wikitext == f"| wikitext | wikitext word_perplexity | 20.0000 | {paper} |"
