@@ -12,6 +12,11 @@ def test_device_peak_flops():
         65e12, 70e12, 121e12,
     )  # fmt: skip
     assert device_peak_flops("Tesla V100-PCIE-16GB") == 112e12 < device_peak_flops("Tesla V100-SXM2-16GB") == 125e12
+    # Datasheets of H100 SXM and H200 state 1,979 TFLOP/s, for sparse matrices.
+    assert device_peak_flops("NVIDIA H200") == device_peak_flops("NVIDIA H100 80GB HBM3") == 1979e12 / 2
+    assert device_peak_flops("NVIDIA H100 PCIe") == 1513e12 / 2
+    assert (device_peak_flops("TPU v4"), device_peak_flops("TPU v5p")) == (275e12, 459e12)
+    assert (device_peak_flops("TPU v6 lite"), device_peak_flops("TPU7x")) == (918e12, 2307e12 / 2)
     assert device_peak_flops("NVIDIA H100 PCIe") < device_peak_flops("NVIDIA H100 80GB HBM3")
     for unknown in ("cpu", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert device_peak_flops(unknown) is None

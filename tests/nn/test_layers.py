@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.helpers import assert_close
+from support.models import make_model
 
 from idattn.config import SSMConfig
 from idattn.nn.layers import RMSNorm, ShortConv, StateBasis
@@ -100,6 +101,22 @@ def test_the_tail_after_fewer_tokens_than_taps(rng, has_tail):
     )
     expected = [[tail[0, 2], *x[0]], tail[1], [*tail[2, 1:], x[2, 0]], [np.zeros(3), np.zeros(3), x[3, 1]]]
     np.testing.assert_array_equal(actual, np.asarray(expected))
+
+
+def test_convolutions_start_uniform_by_fan_in():
+    conv = ShortConv(4096, 4, "channels", rngs=nnx.Rngs(0))
+    taps = np.asarray(conv.taps[...])
+    assert taps.shape == (4, 4096) and np.abs(taps).max() <= 0.5 and not np.asarray(conv.bias[...]).any()
+    np.testing.assert_allclose(
+        np.quantile(taps, [0.01, 0.25, 0.5, 0.75, 0.99]), [-0.49, -0.25, 0, 0.25, 0.49], atol=0.02
+    )
+
+
+def test_the_linear_readout_starts_normal_by_modes():
+    model = make_model("s4d", num_heads=8, ssm=SSMConfig(num_modes=64))
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    (c_out,) = (np.asarray(x) for path, x in leaves if "c_out" in jax.tree_util.keystr(path))
+    assert c_out.std() == pytest.approx(1 / 8, rel=0.06) and abs(c_out.mean()) < 0.02
 
 
 def test_basis_starts_as_s4d_inv():
