@@ -248,8 +248,10 @@ def count_collectives(module: Module, network: str = "ICI") -> dict[str, int]:
 def _sent(kind: str, x: Instruction) -> int:
     """Bytes that a chip sends in one run of a collective instruction."""
     sizes = [size(array, hbm_only=False, padded=False) for array in arrays(x.shape)]
-    if x.kind in ("all-gather-start", "collective-permute-start", "send", "recv"):
-        sizes = [max(sizes)]  # next to its operand and flags
+    if x.kind in ("send", "recv"):
+        sizes = [max(sizes)]  # next to its flags
+    elif x.kind.endswith("-start") and x.kind != "all-reduce-start":  # operands, as many results, and flags
+        sizes = sizes[len(x.operands) : 2 * len(x.operands)]
     total = sum(sizes)
     if kind == "collective-permute":
         return total

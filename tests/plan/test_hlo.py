@@ -63,6 +63,24 @@ def test_bytes_of_a_program_written_by_hand(changes):
     }
 
 
+def test_bytes_of_exchanges_of_several_arrays():
+    """As GPUs start them: operands and results in one tuple, or in a tuple of two; of a sum only the results."""
+    text = """HloModule step
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %g = ((f32[8]{0}, f32[2,8]{1,0}), (f32[32]{0}, /*index=1*/f32[8,8]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %g.1 = (f32[32]{0}, f32[8,8]{1,0}) all-gather-done(%g)
+  %h = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %s = ((f32[32]{0}, f32[8,8]{1,0}), (f32[8]{0}, f32[2,8]{1,0})) reduce-scatter-start(%c, %d), channel_id=1, replica_groups={{0,1,2,3}}
+  %r = (f32[8]{0}, f32[4]{0}) all-reduce-start(%a, %e), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+    assert hlo.count_collectives(hlo.parse(text)) == {
+        "all-gather": 4 * (32 + 64) * 3 // 4 + 4 * 16 // 2,
+        "reduce-scatter": 4 * (32 + 64) * 3 // 4,
+        "all-reduce": 2 * 4 * (8 + 4) * 3 // 4,
+    }
+
+
 def test_bytes_between_slices():
     """Hosts of four slices exchange what each sends, in a loop that runs 12 times; links carry what they did before."""
 
