@@ -1,7 +1,7 @@
 """Published figures of the accelerators that runs are planned for and measured on: one row a chip."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
@@ -71,6 +71,20 @@ def chip_of(topology: str) -> Chip:
     if name not in planned:
         raise ValueError(f"{topology=} must start with one of {', '.join(planned)}.")
     return planned[name]
+
+
+def compute_dtype(device: Any) -> str:
+    """The dtype to compute in on a device, for `idattn.config.ComputeConfig.dtype`: bfloat16 where it has units for it.
+
+    GPUs before Ampere, such as T4, have units for float16 only, which this layer cannot use. The products of two steps
+    (1e-3 each at the start) that weigh keys and values, powers of decays, and gradients lie below 6e-5, where float16
+    loses digits, and sums may exceed 65,504, its largest number. So these GPUs compute in float32, as CPUs do.
+
+    Args:
+      device: a `jax.Device`.
+    """
+    capability = str(getattr(device, "compute_capability", ""))  # as 7.5, of ROCm as gfx90a
+    return "float32" if device.platform == "cpu" or re.match(r"[1-7]\.", capability) else "bfloat16"
 
 
 def device_peak_flops(device_kind: str) -> float | None:

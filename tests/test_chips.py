@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
-from idattn.chips import CHIPS, device_peak_flops
+from idattn.chips import CHIPS, compute_dtype, device_peak_flops
+from idattn.config import ComputeConfig
 
 
 def test_device_peak_flops():
@@ -20,6 +23,22 @@ def test_device_peak_flops():
     assert device_peak_flops("NVIDIA H100 PCIe") < device_peak_flops("NVIDIA H100 80GB HBM3")
     for unknown in ("cpu", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert device_peak_flops(unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "capabilities"),
+    [
+        ("float32", "cpu", [None]),
+        ("float32", "gpu", ["6.0", "7.0", "7.5"]),  # P100, V100, T4
+        ("bfloat16", "gpu", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx90a"]),  # A100, A10G, L4, H100, B200
+        ("bfloat16", "tpu", [None]),
+    ],
+)
+def test_compute_dtype(dtype, platform, capabilities):
+    for capability in capabilities:
+        attributes = {} if capability is None else {"compute_capability": capability}
+        assert compute_dtype(SimpleNamespace(platform=platform, **attributes)) == dtype
+    ComputeConfig(dtype=dtype)
 
 
 @pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.clock])
