@@ -41,7 +41,12 @@ def test_compute_dtype(dtype, platform, capabilities):
     ComputeConfig(dtype=dtype)
 
 
-@pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.clock])
+def test_peaks_by_dtype():
+    assert (CHIPS["T4"].peak("bfloat16"), CHIPS["T4"].peak("float32")) == (65e12, 8.1e12)
+    assert CHIPS["v5e"].peak("float32") == CHIPS["v5e"].peak("bfloat16") == 197e12
+
+
+@pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.cores])
 def test_clocks_are_those_of_the_peaks(name):
     chip = CHIPS[name]
     assert chip.cores * chip.mxus * chip.mxu_width**2 * 2 * chip.clock == pytest.approx(chip.flops, rel=3e-3)

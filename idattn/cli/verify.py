@@ -214,7 +214,7 @@ def measure(function: Callable[..., Any], arguments: Sequence[Arrays], repeats: 
 
 def predicted(function: Callable[..., Any], arguments: Sequence[Arrays], kind: str) -> dict[str, Any]:
     """Milliseconds of a call on a kind of device, and those of its kernels; or why there is no prediction."""
-    names = [name for name, chip in CHIPS.items() if chip.clock and kind in chip.kinds]
+    names = [name for name, chip in CHIPS.items() if chip.cores and kind in chip.kinds]
     if not names:
         return {"no_prediction": f"idattn plans nothing for {kind}"}
     try:

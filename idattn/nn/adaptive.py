@@ -58,8 +58,9 @@ class AdaptiveCore(SSMCore):
                 q[:, 0], k[:, 0], v[:, 0], basis, state, log_steps=steps, gains=b, readout=ssm.readout, write=write
             )
             return o[:, None], SSMMemory(state, tails)
-        o, state = ops.adaptive_attention(
-            q, k, v, basis, log_steps=log_steps, gains=gains, backend=compute.backend, chunk_size=compute.chunk_size,
-            segment_ids=segments, initial_state=state, readout=ssm.readout, write=write,
-        )  # fmt: skip
+        with jax.named_scope("op"):
+            o, state = ops.adaptive_attention(
+                q, k, v, basis, log_steps=log_steps, gains=gains, backend=compute.backend, readout=ssm.readout,
+                chunk_size=compute.chunk_size, segment_ids=segments, initial_state=state, write=write,
+            )  # fmt: skip
         return o, SSMMemory(state, tails)

@@ -94,10 +94,11 @@ class GatedCore(nnx.Module):
             o = o[:, None]
         else:
             backend = "recurrent" if self.compute.backend == "recurrent" else "chunkwise"
-            o, state = ops.gated_attention(
-                *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size, segment_ids=segments,
-                initial_state=state,
-            )  # fmt: skip
+            with jax.named_scope("op"):
+                o, state = ops.gated_attention(
+                    *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size, segment_ids=segments,
+                    initial_state=state,
+                )  # fmt: skip
         gate = jax.nn.silu(projected["gate"]).reshape(o.shape)
         o = self.finish(o, heads["value"], gate).reshape(*o.shape[:2], -1)
         return checkpoint_name(o, "mixer"), GatedMemory(state, tails)

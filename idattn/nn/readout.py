@@ -54,10 +54,11 @@ class QueryReadout:
         if state is not None and segments is None and q.shape[1] == 1:
             o, state = ops.step(q[:, 0], k[:, 0], v[:, 0], basis, state, readout=ssm.readout)
             return o[:, None], state
-        return ops.interdomain_attention(
-            q, k, v, basis, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
-            initial_state=state, return_state=True, readout=ssm.readout,
-        )  # fmt: skip
+        with jax.named_scope("op"):  # by which a plan knows it
+            return ops.interdomain_attention(
+                q, k, v, basis, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
+                initial_state=state, return_state=True, readout=ssm.readout,
+            )  # fmt: skip
 
     def attend_in_block(self, q, basis, c_out, states, layer, block, ssm):
         return blockwise.interdomain(q, basis, states, layer, block, readout=ssm.readout)
@@ -82,10 +83,11 @@ class LinearReadout:
         if state is not None and segments is None and z.shape[1] == 1:
             y, state = ops.linear_step(z[:, 0], basis, c_out, state)
             return y[:, None], state
-        return ops.linear_readout(
-            z, basis, c_out, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
-            initial_state=state, return_state=True,
-        )  # fmt: skip
+        with jax.named_scope("op"):
+            return ops.linear_readout(
+                z, basis, c_out, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
+                initial_state=state, return_state=True,
+            )  # fmt: skip
 
     def attend_in_block(self, q, basis, c_out, states, layer, block, ssm):
         return blockwise.linear(basis, c_out, states, layer, block)

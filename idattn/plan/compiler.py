@@ -6,18 +6,21 @@ import re
 
 import jax
 
-from idattn.plan.gpus import gpu_devices, gpu_of
+from idattn.plan.gpus import gpu_devices, gpu_of, load_gpu_compiler
 
 
-def load_compiler(*, dump_to: str | None = None) -> None:
-    """Prepare libtpu, which reads its settings once, when it is loaded.
+def load_compiler(topology: str = "", *, dump_to: str | None = None) -> None:
+    """Prepare the compiler: libtpu, which reads its settings once, when it is loaded, or JAX's CUDA plugin.
 
     Args:
+      topology: of GPUs, as h100:8, for the plugin.
       dump_to: folder to which it writes the schedules of all that it compiles, which takes longer.
 
     Raises:
       SystemExit: it is not installed.
     """
+    if gpu_of(topology):
+        return load_gpu_compiler()
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit("compiling for TPUs needs libtpu, which is not installed: pip install 'idattn[compile]'")
     if dump_to:
@@ -45,9 +48,13 @@ def tpu_devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInv
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
+def devices_of(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]  # as in `make_mesh`
+    """Devices of TPUs or GPUs to compile for; the compiler must be loaded."""
+    return gpu_devices(topology) if gpu_of(topology) else tpu_devices(topology)
+
+
 def compile_for(topology: str, function, *arguments):
     """`function` compiled for one chip of a topology, as v5e:2x2 or h100; arguments are ShapeDtypeStructs."""
-    devices = gpu_devices(topology) if gpu_of(topology) else tpu_devices(topology)
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(devices_of(topology)[0])
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     return jax.jit(function).lower(*arguments).compile()

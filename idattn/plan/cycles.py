@@ -1,15 +1,19 @@
-"""The time of a compiled TPU program, by part, as its compiler estimates it.
+"""The time of a compiled program, by part: of a TPU as its compiler estimates it, of a GPU at its published peaks.
 
-The compiler notes the cycles that it expects of every instruction that a core computes (`estimated_cycles`). They are
-summed as the instructions are scheduled: loops are multiplied out, called computations followed, a conditional counts
-as its longest branch, and a fusion has one estimate for all that it holds. Kernels have no estimate; the caller gives
-their cycles. Exchanges between chips go one after another at the published peak of the links, or of the network between
-slices, while the core computes; what is left when their result is waited for counts as the part `links`.
+The TPU's compiler notes the cycles that it expects of every instruction that a core computes (`estimated_cycles`). A
+fusion has one estimate for all that it holds. Kernels have none; the caller gives their cycles. The GPUs' compiler
+notes nothing: `idattn.plan.roofline` has a bound for each launch.
+
+Either is summed as the instructions are scheduled: loops are multiplied out, called computations followed, and a
+conditional counts as its longest branch. Exchanges between chips go one after another at the published peak of the
+links, or of the network between slices, while the core computes; what is left when their result is waited for counts as
+the part `links`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from idattn.chips import Chip
@@ -38,27 +42,31 @@ class Estimate(NamedTuple):
 
     Attributes:
       parts: cycles by name of `PARTS`.
-      uncounted: runs of instructions that move bytes and have no estimate.
-      uncounted_bytes: bytes that these move to and from HBM.
+      runs: of instructions that move bytes to and from memory, by name of `PARTS`: of a GPU of all, its launches; of a
+        TPU only of those without an estimate, as "uncounted".
+      moved_bytes: bytes that these move, likewise.
     """
 
     parts: Counter[str]
-    uncounted: int = 0
-    uncounted_bytes: int = 0
+    runs: Counter[str] = Counter()
+    moved_bytes: Counter[str] = Counter()
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        return Estimate(self.parts + other.parts, *(a + b for a, b in zip(self[1:], other[1:], strict=True)))
+        return Estimate(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __mul__(self, times: int) -> "Estimate":
-        return Estimate(Counter({k: v * times for k, v in self.parts.items()}), *(n * times for n in self[1:]))
+        return Estimate(*(Counter({name: n * times for name, n in x.items()}) for x in self))
 
     @property
     def cycles(self) -> float:
         return sum(self.parts.values())
 
 
+Cost = Callable[[Module, str, Instruction], Estimate]  # of the core in one run of an instruction of a computation
+
+
 def estimate(module: Module, chip: Chip, kernel_cycles: Callable[[Instruction], float]) -> Estimate:
-    """The cycles of a run of a module on each chip.
+    """The cycles of a run of a module on each TPU.
 
     Args:
       module: as `idattn.plan.hlo.parse` reads it, with the compiler's estimates.
@@ -71,10 +79,15 @@ def estimate(module: Module, chip: Chip, kernel_cycles: Callable[[Instruction], 
     """
     if not any(_estimated(x) for computation in module.values() for x in computation.values()):
         raise ValueError("the program carries no estimated cycles; the compiler has no cost model for this topology.")
-    return _estimate(module, "ENTRY", chip, kernel_cycles)
+    return add_up(module, "ENTRY", chip, partial(_compilers_cost, kernel_cycles=kernel_cycles))
 
 
-def _estimate(module: Module, name: str, chip: Chip, kernel_cycles: Callable[[Instruction], float]) -> Estimate:
+def add_up(module: Module, name: str, chip: Chip, cost: Cost) -> Estimate:
+    """The cycles of a run of a computation, those of instructions that run others and of exchanges included.
+
+    Raises:
+      ValueError: a loop does not say how often it runs, or as `cost`.
+    """
     computation = module[name]
     exchanged = {x.name: collectives(module, name, x) for x in computation.values()}
     ends = {c.key: instruction for instruction, exchanges in exchanged.items() for c in exchanges}
@@ -89,40 +102,39 @@ def _estimate(module: Module, name: str, chip: Chip, kernel_cycles: Callable[[In
             if c.key not in finish:
                 begin = max(now, free[c.network])
                 finish[c.key] = free[c.network] = begin + c.sent_bytes / speed[c.network] * chip.clock
-        cost = _cost(module, name, x, bool(exchanged[x.name]), chip, kernel_cycles)
-        now += cost.cycles
+        spent = _spent(module, name, x, chip, cost)
+        now += spent.cycles
         waits = [finish[key] for key, instruction in ends.items() if instruction == x.name]
         if waits and max(waits) > now:
             # Counters count fractions too, which their types do not know.
-            cost += Estimate(Counter(links=max(waits) - now))  # pyright: ignore[reportArgumentType]
+            spent += Estimate(Counter(links=max(waits) - now))  # pyright: ignore[reportArgumentType]
             now = max(waits)
-        total += cost
+        total += spent
     return total
 
 
-def _cost(
-    module: Module,
-    name: str,
-    x: Instruction,
-    exchanged: bool,
-    chip: Chip,
-    kernel_cycles: Callable[[Instruction], float],
-) -> Estimate:
+def _spent(module: Module, name: str, x: Instruction, chip: Chip, cost: Cost) -> Estimate:
     """The cycles of the core in one run of an instruction."""
     if x.kind == "while":
-        return _estimate(module, called("body", x), chip, kernel_cycles) * trip_count(module, name, x)
+        return add_up(module, called("body", x), chip, cost) * trip_count(module, name, x)
     if x.kind == "conditional":
-        return max((_estimate(module, y, chip, kernel_cycles) for y in branches(x)), key=lambda y: y.cycles)
+        return max((add_up(module, y, chip, cost) for y in branches(x)), key=lambda y: y.cycles)
     if x.kind in ("call", "async-start"):
-        return _estimate(module, called("to_apply" if "to_apply=" in x.line else "calls", x), chip, kernel_cycles)
+        return add_up(module, called("to_apply" if "to_apply=" in x.line else "calls", x), chip, cost)
+    return cost(module, name, x)
+
+
+def _compilers_cost(
+    module: Module, name: str, x: Instruction, kernel_cycles: Callable[[Instruction], float]
+) -> Estimate:
     if kernel_call(x):
         return Estimate(Counter(kernels=kernel_cycles(x)))  # pyright: ignore[reportArgumentType]  # as above
     if (cycles := _estimated(x)) is not None:
         return Estimate(Counter({part_of(module, x): cycles}))
-    if x.kind.endswith("-start") or _FREE.search(x.line) or exchanged:
+    if x.kind.endswith("-start") or _FREE.search(x.line) or collectives(module, name, x):
         return Estimate(Counter())
     moved = instruction_bytes(module, name, x)
-    return Estimate(Counter(), int(moved > 0), moved)
+    return Estimate(Counter(), Counter(uncounted=int(moved > 0)), Counter(uncounted=moved))
 
 
 def _estimated(x: Instruction) -> int | None:
@@ -153,4 +165,4 @@ def part_of(module: Module, x: Instruction) -> str:
 def _has_product(module: Module, x: Instruction) -> bool:
     if x.kind == "fusion":
         return any(_has_product(module, inner) for inner in module[called("calls", x)].values())
-    return x.kind in ("convolution", "dot")
+    return x.kind in ("convolution", "dot") or 'custom_call_target="__cublas' in x.line

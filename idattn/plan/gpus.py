@@ -49,9 +49,15 @@ def load_gpu_compiler() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def pool_fraction() -> float:
+    """The share of a GPU's memory that JAX takes, of which a program gets all that it needs."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jaxlib reads both
+    return float(next(filter(None, map(os.environ.get, names)), 0.75))
+
+
 def gpu_of(topology: str) -> str | None:
     """The name of a topology's GPU in `GPUS`: H100 of h100:8; None for one of TPUs."""
-    name = topology.split(":")[0].upper()
+    name = re.sub(r"^[1-9]\d*x", "", topology).split(":")[0].upper()
     return name if name in GPUS else None
 
 
@@ -63,7 +69,7 @@ def gpu_devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInv
     """
     from jax.experimental import topologies
 
-    match = re.fullmatch(r"\w+(?::([1-9]\d*))?", topology)
+    match = re.fullmatch(r"[A-Za-z]\w*(?::([1-9]\d*))?", topology)
     name = gpu_of(topology)
     if not match or name is None:
         raise ValueError(f"{topology=} must be as h100:8, with one of {', '.join(GPUS).lower()}.")

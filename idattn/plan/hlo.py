@@ -1,4 +1,4 @@
-"""The text of an HLO module that was compiled for TPUs: computations, how often each runs, arrays and collectives."""
+"""The text of a compiled HLO module: computations, how often each runs, arrays and collectives."""
 
 import math
 import re
@@ -106,6 +106,12 @@ def shape_of(computation: Computation, operand: str) -> str:
 def arrays(shape: str) -> list[str]:
     """The shapes of the arrays of a shape, which may be a tuple."""
     return [match[0] for match in _ARRAY.finditer(shape) if match[1] in _BYTES]
+
+
+def dimensions(shape: str) -> list[int]:
+    """The dimensions of an array's shape."""
+    match = _ARRAY.match(shape)
+    return [int(n) for n in match[2].split(",") if n] if match else []
 
 
 def size(shape: str, *, hbm_only: bool = True, padded: bool = True) -> int:

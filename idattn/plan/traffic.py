@@ -1,8 +1,9 @@
-"""Bytes that a compiled TPU program moves to and from HBM.
+"""Bytes that a compiled program of a TPU or GPU moves to and from HBM.
 
 An instruction reads its operands and writes its result, unless they lie in on-chip memory (memory space 1 and above in
 their layouts). A fusion reads of an operand only what it slices, and of an array that it updates in place it writes
-only the part. Loops are multiplied out; a conditional counts as its longest branch.
+only the part. Loops are multiplied out; a conditional counts as its longest branch. Scratch memory of CUDA's libraries
+does not count.
 """
 
 from idattn.plan.hlo import (
@@ -71,6 +72,8 @@ def instruction_bytes(module: Module, computation: str, x: Instruction) -> int:
         return 2 * size(shapes[1])
     if x.kind == "dynamic-slice":
         return size(x.shape) + (size(x.shape, hbm_only=False) if size(shapes[0]) else 0)
+    if 'custom_call_target="__cub' in x.line:  # CUDA's libraries return their scratch memory, as bytes
+        return sum(size(y) for y in arrays(x.shape) if not y.startswith(("s8[", "u8["))) + sum(map(size, shapes))
     return size(x.shape) + sum(map(size, shapes))
 
 
@@ -96,7 +99,7 @@ def _read(module: Module, fused: Computation, name: str) -> int:
         elif user.kind == "fusion":
             inner = module[called("calls", user)]
             total += _read(module, inner, _parameter(inner, at))
-        elif user.kind == "dynamic-slice" and at == 0:
+        elif user.kind in ("dynamic-slice", "slice", "gather") and at == 0:
             total += size(user.shape, hbm_only=False)
         elif user.kind != "dynamic-update-slice" or at > 0:
             total += size(fused[name].shape, hbm_only=False)

@@ -36,8 +36,8 @@ def tried(monkeypatch):
 
     for module in (search, plan):
         monkeypatch.setattr(module, "compile_step", compile_step)
-    monkeypatch.setattr(plan, "load_compiler", lambda: None)
-    monkeypatch.setattr(plan, "tpu_devices", lambda topology: range(16))
+    monkeypatch.setattr(plan, "load_compiler", lambda topology: None)
+    monkeypatch.setattr(plan, "devices_of", lambda topology: range(16))
     return asked
 
 

@@ -94,6 +94,21 @@ def test_what_does_not_fit_says_what_to_change():
     assert "remat" not in smallest and "accumulation" not in smallest
 
 
+def test_what_does_not_fit_a_gpu_says_by_which_figure():
+    figures = {"topology": "t4:1", "chips": 1, "mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}}
+    figures |= {"fits": False, "needed_gib": 12.5, "usable_gib": 11.03, "hbm_gib": 14.7}
+    text = step.describe(figures, make_config())
+    assert text.startswith("interdomain on t4:1, one chip:\n")
+    assert "DOES NOT FIT: 12.50 GiB needed, 11.03 GiB there, the part that JAX takes of the card's 14.7." in text
+    assert "XLA_CLIENT_MEM_FRACTION=0.9" in text
+    assert "XLA_CLIENT_MEM_FRACTION" not in step.advice(figures | {"needed_gib": 14.0}, make_config())
+
+
+def test_a_gpu_without_bfloat16_is_refused():
+    with pytest.raises(ValueError, match="topology='t4:1' has no units for bfloat16; .*compute.dtype=float32"):
+        step.compile_step(make_config(), "t4:1")
+
+
 @pytest.mark.slow
 def test_layers_that_are_written_out_stack_nothing(libtpu):
     """Fewer copies and cycles than a loop, the same bytes between chips; and what is recomputed is not kept."""
@@ -132,5 +147,5 @@ def test_too_large_is_reported_not_raised(libtpu):
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "0xv5e:2x2"])
 def test_an_unknown_chip_is_refused(topology):
-    with pytest.raises(ValueError, match=f"'{topology}' must start with one of v5e, v5p, v6e"):
+    with pytest.raises(ValueError, match=f"'{topology}' must start with one of v5e, v5p, v6e, a100, h100, l4, t4"):
         step.compile_step(make_config(), topology)
