@@ -103,17 +103,17 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / best
 
 
-def step_seconds(decoder: Decoder, batch_size: int, prefix: int) -> float:
-    """The median over the timed runs of the seconds of one step."""
+def step_seconds(decoder: Decoder, batch_size: int, prefix: int, *, warmup: int, repeats: int) -> float:
+    """The median over the timed runs, of a block each, of the seconds of one step."""
     tokens = np.random.default_rng(2).integers(0, decoder.config.vocab_size, (batch_size, prefix))
-    context = decoder.prefill(tokens, context=decoder.start(batch_size, prefix + FLAGS.steps))
+    context = decoder.prefill(tokens, context=decoder.start(batch_size, prefix + decoder.block_size))
     sampling, times = decoder.sampling(batch_size), []
-    for _ in range(FLAGS.warmup + FLAGS.repeats):
+    for _ in range(warmup + repeats):
         fresh = jax.block_until_ready(decoder.fork(context, range(batch_size)))
         start = time.perf_counter()
         decoder.decode(fresh, sampling)  # returns tokens to the host, so the program is done
         times.append(time.perf_counter() - start)
-    return float(np.median(times[FLAGS.warmup :])) / FLAGS.steps
+    return float(np.median(times[warmup:])) / decoder.block_size
 
 
 @functools.cache
@@ -143,7 +143,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
         row["decode_bytes"] = decode.memory_analysis().temp_size_in_bytes
         row["prefill_bytes"] = programs["prefill"].compile().memory_analysis().temp_size_in_bytes
         return
-    row["seconds"] = step_seconds(decoder, batch_size, prefix)
+    row["seconds"] = step_seconds(decoder, batch_size, prefix, warmup=FLAGS.warmup, repeats=FLAGS.repeats)
     row["bound_seconds"] = least / bandwidth
     room = room if find_mixer(mixer).grows else 0  # only caches depend on it
     row["prefill_bytes"] = prefill_bytes(decoder, batch_size, room)

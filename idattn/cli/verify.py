@@ -245,6 +245,15 @@ def time_all(backends: Sequence[str], case: Case, repeats: int, say: Callable[[s
     return rows
 
 
+def facts_of_machine() -> dict[str, Any]:
+    """Date, device and versions."""
+    device = jax.local_devices()[0]
+    facts = dict(date=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine.platform())
+    facts |= dict(device=f"{jax.device_count()} x {device.device_kind}", platform=device.platform)
+    facts["runtime"] = " ".join(device.client.platform_version.split())
+    return facts | {x.name: x.version for x in importlib.metadata.distributions() if x.name in PACKAGES}
+
+
 def main(_):
     out, device = resolve_path(FLAGS.out), jax.local_devices()[0]
     table, lines = cases(device.platform), []
@@ -259,10 +268,7 @@ def main(_):
         write_atomic(out / "report.json", json.dumps(report, indent=1))
         write_atomic(out / "report.md", "\n".join(["```text", *lines, verdict, "```", ""]))
 
-    report: dict[str, Any] = dict(date=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine.platform())
-    report |= dict(device=f"{jax.device_count()} x {device.device_kind}", platform=device.platform)
-    report["runtime"] = " ".join(device.client.platform_version.split())
-    report |= {x.name: x.version for x in importlib.metadata.distributions() if x.name in PACKAGES}
+    report = facts_of_machine()
     for name, value in report.items():
         say(f"{name:<20}{value}")
     backends, table = offered(device.platform), {name: table[name] for name in FLAGS.case or table}
