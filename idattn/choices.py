@@ -10,6 +10,7 @@ BASES = ("s4d_inv", "s4d_lin", "uniform")  # how the frequencies of a state star
 READOUTS = ("transpose", "hermitian", "real")
 CORES = ("fixed", "clock")  # whether the steps of a state are alike, or set by the tokens
 WRITES = ("add", "delta", "damped")  # whether values are added to a state, or correct what it answers to their key
+OPTIMIZERS = ("adamw", "muon")
 FEATURES = ("positive", "fourier")  # of the ideal layer
 CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4), and where their classes are
     "interdomain": "idattn.nn.interdomain:Interdomain",

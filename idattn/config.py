@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
-from idattn.choices import BASES, CORES, FEATURES, MIXERS, READOUTS, WRITES, check_choice, find_mixer
+from idattn.choices import BASES, CORES, FEATURES, MIXERS, OPTIMIZERS, READOUTS, WRITES, check_choice, find_mixer
 from idattn.ops.api import AUTO, BACKENDS
 
 REMAT: Mapping[str, str] = {
@@ -217,8 +217,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a separate group for the SSM parameters (appendix A.2 of the paper)."""
+    """AdamW or Muon, with a separate group for the SSM parameters (appendix A.2 of the paper)."""
 
+    name: str = "adamw"  # [P]; or "muon", which orthogonalises the updates of the layers' matrices
     peak_lr: float
     warmup_steps: int  # linear from 0; then cosine to final_lr at the last step
     final_lr: float = 1e-5  # [P]
@@ -226,14 +227,16 @@ class OptimConfig:
     b1: float = 0.9  # [O]
     b2: float = 0.95  # [O]
     eps: float = 1e-8  # [O]
+    momentum: float = 0.95  # of Muon, with Nesterov's correction [O]
     clip_norm: float = 1.0  # of the global gradient [P]
     ssm_lr_cap: float = 1e-3  # peak learning rate of the SSM group is min(peak_lr, ssm_lr_cap), no decay [P]
 
     def __post_init__(self):
         check_types(self)
+        check_choice("optimiser", self.name, OPTIMIZERS)
         check_positive(self, "peak_lr", "clip_norm", "eps", "ssm_lr_cap")
-        check_at_least(self, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2")
-        check_below(self, 1, "b1", "b2")
+        check_at_least(self, 0, "warmup_steps", "final_lr", "weight_decay", "b1", "b2", "momentum")
+        check_below(self, 1, "b1", "b2", "momentum")
 
 
 @dataclass(frozen=True, kw_only=True)

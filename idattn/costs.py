@@ -85,10 +85,17 @@ def describe(config: Config) -> dict[str, Any]:
         "training_tokens": config.train.steps * config.train.batch_size * context,
         "bytes": {
             "parameters": 4 * parameters["total"],
-            "optimiser": 8 * parameters["total"],
+            "optimiser": 4 * (2 * parameters["total"] - _single_moments(config)),
             "state_per_sequence": sum(
                 size * repeats * (jax.numpy.dtype(config.compute.dtype).itemsize if find_mixer(mixer).grows else 4)
                 for mixer, size in ((mixer, sizes[mixer]) for mixer in model.mixers)
             ),
         },
     }
+
+
+def _single_moments(config: Config) -> int:
+    """Parameters of which the optimiser stores one moment, not two: with Muon, the layers' matrices."""
+    layers = nnx.state(LanguageModel.abstract(config.model).groups, nnx.Param)
+    matrices = [x for _, x in nnx.to_flat_state(layers) if x.get_metadata().get("group") == "matrix"]
+    return sum(math.prod(x.shape) for x in matrices) if config.optim.name == "muon" else 0

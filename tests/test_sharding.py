@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -38,7 +39,7 @@ MESHES = {
 }
 
 
-def make_config(mixers, mesh, *, accumulation=1, seq_len=T, **ssm):
+def make_config(mixers, mesh, *, accumulation=1, seq_len=T, optimizer="adamw", **ssm):
     return Config(
         model=ModelConfig(
             vocab_size=V,
@@ -50,7 +51,7 @@ def make_config(mixers, mesh, *, accumulation=1, seq_len=T, **ssm):
             ssm=SSMConfig(num_modes=5, **({"conv_width": 3} | ssm)),
         ),
         data=DataConfig(seq_len=seq_len),
-        optim=OptimConfig(peak_lr=1e-2, warmup_steps=2, eps=1e-2),  # eps: smooth, unlike a sign
+        optim=OptimConfig(name=optimizer, peak_lr=1e-2, warmup_steps=2, eps=1e-2),  # eps: smooth, unlike a sign
         train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation),
         compute=ComputeConfig(dtype="float32", chunk_size=4, loss_chunk=16),
         mesh=mesh,
@@ -145,6 +146,22 @@ def test_accumulation_and_shared_states_on_a_mesh(one_device):
     options = dict(accumulation=2, heads_per_kv=2)
     config = make_config(("interdomain",), MESHES["all"], **options)
     assert_same_step(run_step(config), one_device(("interdomain",), **options))
+
+
+@pytest.mark.slow
+def test_muon_too(one_device):
+    """Newton-Schulz steps are products of whole matrices, also where those are split."""
+    options = dict(optimizer="muon")
+    results = run_step(make_config(("interdomain",), MESHES["all"], **options))
+    assert_same_step(results, one_device(("interdomain",), **options))
+    trainer, _, state, _ = results
+    rules = state["opt_state"][1].inner_states
+    muon, adam = (rules[name].inner_state for name in ("muon", "adam"))
+    block = muon[0].mu["groups"]["block_0"]
+    expected = trainer.abstract_state()["params"]["groups"]["block_0"]["mlp"]["gate"]["weight"].sharding
+    assert block["mlp"]["gate"]["weight"].sharding == expected
+    assert isinstance(block["mlp_norm"]["scale"], optax.MaskedNode)
+    assert isinstance(adam.mu["groups"]["block_0"]["mlp"]["gate"]["weight"], optax.MaskedNode)
 
 
 def test_where_parameters_lie():

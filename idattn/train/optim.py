@@ -1,10 +1,12 @@
-"""AdamW with the SSM group, warm-up and cosine (appendix A.2 of the paper)."""
+"""AdamW or Muon with the SSM group, warm-up and cosine (appendix A.2 of the paper)."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import optax
 from flax import nnx
+from optax import contrib
 
 from idattn.config import OptimConfig
 
@@ -32,7 +34,10 @@ def group_of(variable: nnx.Variable) -> str:
 
 
 def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.GradientTransformation:
-    """AdamW on nested dicts of the model's parameters, whose metadata say which group each belongs to.
+    """AdamW or Muon on nested dicts of the model's parameters, whose metadata say which group each belongs to.
+
+    Muon treats the layers' matrices; the embedding and the head, whose rows are tokens, and all that is no matrix have
+    Adam. Both move an entry by about as much, so that they share a learning rate.
 
     Args:
       config: the recipe.
@@ -50,13 +55,28 @@ def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.
             node[path[-1]] = function(variable)
         return nested
 
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    rules: dict[Hashable, optax.GradientTransformation] = {"muon": _scale_by_muon(config.momentum), "adam": adam}
+    rule_of = tree_of(lambda v: "muon" if group_of(v) == "matrix" and "V" not in v.get_metadata()["dims"] else "adam")
     rates: dict[Hashable, optax.GradientTransformation] = {
         "ssm": optax.scale_by_learning_rate(learning_rate(config, steps, ssm=True)),
         "other": optax.scale_by_learning_rate(learning_rate(config, steps)),
     }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        adam if config.name == "adamw" else optax.partition(rules, rule_of),
         optax.add_decayed_weights(config.weight_decay, tree_of(lambda v: group_of(v) == "matrix")),
         optax.partition(rates, tree_of(lambda v: "ssm" if group_of(v) == "ssm" else "other")),
     )
+
+
+def _scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024) for stacks of matrices, its updates scaled to the size of Adam's (arXiv 2502.16982)."""
+
+    def axes(matrices: Any) -> Any:
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), matrices)
+
+    def like_adam(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, updates)
+
+    return optax.chain(contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes), optax.stateless(like_adam))

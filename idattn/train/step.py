@@ -88,7 +88,12 @@ class Trainer:
         """The specs of the state: what the optimiser stores of a parameter is split as the parameter."""
         whole = PartitionSpec()
         opt_state = optax.tree.map_params(
-            self._optimizer, lambda _, s: s, self._shapes["opt_state"], params, transform_non_params=lambda _: whole
+            self._optimizer,
+            lambda x, s: x if isinstance(x, optax.MaskedNode) else s,  # of a parameter that the rule does not treat
+            self._shapes["opt_state"],
+            params,
+            transform_non_params=lambda _: whole,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
         return {"step": whole, "not_finite": whole, "params": params, "opt_state": opt_state}
 

@@ -1,5 +1,6 @@
 """The recipe: learning rates at points worked out by hand, the groups by name, and a step of AdamW in numpy."""
 
+import dataclasses
 import math
 
 import jax
@@ -12,7 +13,8 @@ from support.helpers import assert_close
 
 from configs.paper import get_config
 from idattn.choices import MIXERS
-from idattn.config import ComputeConfig, ModelConfig, OptimConfig, from_config_dict
+from idattn.config import ComputeConfig, ModelConfig, OptimConfig, from_config_dict, quickstart
+from idattn.costs import describe
 from idattn.nn import LanguageModel
 from idattn.train.optim import learning_rate, make_optimizer
 
@@ -185,6 +187,43 @@ def test_steps_against_numpy():
         for name, x in named(updates).items():
             change = expected[name] - before[name]
             np.testing.assert_allclose(x, change, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_muon():
+    """Two updates: of the layers' matrices nearly orthogonal, of everything else those of AdamW."""
+    model = abstract_model("interdomain", "softmax")
+    rng = np.random.default_rng(0)
+    params, *grads = (
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), full(model, 0.0)) for _ in range(3)
+    )
+    updates = {}
+    for name in ("adamw", "muon"):
+        config = OptimConfig(name=name, peak_lr=3e-3, warmup_steps=10, weight_decay=0.0, clip_norm=1e9)
+        optimizer = make_optimizer(config, 110, model)
+        state = optimizer.init(params)
+        for gradient in grads:
+            update, state = jax.jit(optimizer.update)(gradient, state, params)
+        updates[name] = named(update)
+    rules = {rule: inner.inner_state for rule, inner in state[1].inner_states.items()}
+    moments = jax.tree.leaves((rules["muon"][0].mu, rules["adam"].mu, rules["adam"].nu))
+    costs = describe(dataclasses.replace(quickstart(), model=model.config, optim=config))
+    assert costs["bytes"]["optimiser"] == 4 * sum(x.size for x in moments)
+    blocks = {"block_0": "interdomain", "block_1": "softmax"}
+    layers = {f"groups.{b}.{name}" for b, mixer in blocks.items() for name in GROUPS[mixer][0] | BLOCK_MATRICES}
+    first, second = map(named, grads)
+    for name, x in updates["adamw"].items():
+        if name not in layers:
+            assert_close(updates["muon"][name], np.asarray(x), "float32", name=name)
+            continue
+        # The moment 0.95 m + 0.05 g and Nesterov's step beyond it, each without the bias of its start.
+        moment = 0.05 * (0.95 * np.asarray(first[name], np.float64) + second[name])
+        moment = 0.95 * moment / (1 - 0.95**3) + 0.05 * second[name] / (1 - 0.95**2)
+        for layer, momentum in zip(np.asarray(updates["muon"][name], np.float64), moment, strict=True):
+            left, _, right = np.linalg.svd(momentum, full_matrices=False)
+            turned = left.T @ layer @ right.T / (-6e-4 * 0.2 * math.sqrt(max(layer.shape)))
+            gains = np.diag(turned)
+            np.testing.assert_allclose(turned, np.diag(gains), atol=1e-4, err_msg=name)
+            assert 0.6 < gains.min() <= gains.max() < 1.3, name
 
 
 @pytest.mark.parametrize(
