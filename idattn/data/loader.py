@@ -17,7 +17,7 @@ from idattn.data.corpus import load_documents, split
 from idattn.data.recall import mqar_rows
 from idattn.data.sources import Document
 from idattn.data.stream import SPLITS, TokenStream, is_prepared
-from idattn.data.tokenizer import Tokenizer, encode_document, load_tokenizer
+from idattn.data.tokenizer import BPE, Tokenizer, encode_document, load_tokenizer, trained_tokenizer
 
 _MQAR, _MQAR_VALIDATION = "mqar:", 1000  # and its rows to validate on
 
@@ -111,19 +111,27 @@ def load_data(
       ImportError: the tokenizer's package is missing.
       ValueError: a source, its split or the tokenizer is not usable, or a folder was prepared with another tokenizer.
     """
-    tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     sources = (config.source, *config.more_sources)
     is_mqar = config.source.startswith(_MQAR)
-    if config.holdout and (is_mqar or len(sources) > 1 or is_prepared(sources[0])):
+    is_text = not is_mqar and len(sources) == 1 and not is_prepared(sources[0])
+    if config.holdout and not is_text:
         raise ValueError(
             f"holdout={config.holdout} names documents of a text, but {config.source!r} comes with validation data; "
             "set holdout=()."
         )
+    texts = split(load_documents(sources[0]), config.holdout) if is_text else ()
+    if tokenizer is None and re.fullmatch(BPE, config.tokenizer):
+        if not texts:
+            raise ValueError(
+                f"tokenizer={config.tokenizer!r} is trained on the text of a run, but source={config.source!r} is "
+                "tokens; give their tokenizer."
+            )
+        tokenizer = trained_tokenizer(config.tokenizer, (document.text for document in texts[0]))
+    tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     if is_mqar:
         train, validation = _mqar_windows(config, tokenizer)
         return tokenizer, train, validation
-    if len(sources) == 1 and not is_prepared(sources[0]):
-        texts = split(load_documents(sources[0]), config.holdout)
+    if is_text:
         streams = [[_in_memory(documents, tokenizer)] for documents in texts]
     else:
         streams = [[TokenStream(source, split_name) for source in sources] for split_name in SPLITS]

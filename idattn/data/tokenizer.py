@@ -13,6 +13,7 @@ from etils import epath
 from idattn.data import optional
 from idattn.files import resolve_path, write_atomic
 
+BPE = r"bpe:\d+"  # a number of pieces: a tokenizer that is trained on the text of a run
 _HUB_FILES = ("tokenizer.model", "tokenizer.json")
 _BYTES_FILE = b"Ids 0 to 255 are the bytes of UTF-8; 256 starts a document.\n"
 _BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -68,6 +69,8 @@ def load_tokenizer(name: epath.PathLike) -> Tokenizer:
     name = os.fspath(name)
     if name == "bytes":
         return ByteTokenizer()
+    if re.fullmatch(BPE, name):
+        raise ValueError(f"tokenizer={name!r} is trained on the text of a run; name one of its checkpoints.")
     path = resolve_path(name)
     if path.is_dir():
         files = [path / f"tokenizer{suffix}" for suffix in _KINDS if (path / f"tokenizer{suffix}").exists()]
@@ -211,6 +214,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: epath.PathLike)
       ImportError: the package sentencepiece is missing.
       ValueError: the texts are too few for so many pieces, or the vocabulary too small for their characters.
     """
+    write_atomic(path, _train_pieces(texts, vocab_size))
+
+
+def trained_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer "bpe:N": N pieces, trained as by `train_tokenizer`, but not in a file. Raises likewise."""
+    return SentencePieceTokenizer(_train_pieces(texts, int(name.split(":")[1])), name)
+
+
+def _train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
+    """The content of a file of `train_tokenizer`."""
     sentencepiece = optional.load("sentencepiece", "training a tokenizer")
     model = io.BytesIO()
     try:
@@ -233,7 +246,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: epath.PathLike)
     except RuntimeError as error:
         raise ValueError(f"training a tokenizer of {vocab_size} pieces failed: {error}") from error
     # Both take three bytes, so that the lengths in the file stay true.
-    write_atomic(path, model.getvalue().replace(_STAND_IN.encode(), _RESERVED.encode()))
+    return model.getvalue().replace(_STAND_IN.encode(), _RESERVED.encode())
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Windows against a brute-force construction; order, resume and coverage of the batches."""
 
+import dataclasses
 import itertools
+import json
 
 import grain
 import numpy as np
@@ -13,6 +15,7 @@ from idattn.config import DataConfig
 from idattn.data.loader import TokenWindows, digests, eval_batches, load_data, train_iterator
 from idattn.data.preparation import Preparation, prepare
 from idattn.data.recall import mqar_rows
+from idattn.data.tokenizer import load_tokenizer, train_tokenizer
 
 BOS = 9
 
@@ -189,6 +192,29 @@ def test_load_data(tmp_path):
     assert ignoring[1]["segment_ids"].tolist() == [0, 0, 0, -1]
     assert ignoring[1]["loss_mask"].tolist() == [1, 1, 1, 0]
     assert ignoring[1]["targets"].tolist() == [256, *b"hi", 0]
+
+
+def test_a_tokenizer_of_the_text(tmp_path):
+    """bpe:N learns from the documents to train on, and only from those; a checkpoint's is taken instead."""
+    pytest.importorskip("sentencepiece")
+    train_text, held_out = "the cat sat on the mat. a dog ran.\n" * 50, "zwei hunde jagen quer durch bonn.\n" * 50
+    rows = [{"id": "a", "text": train_text}, {"id": "b", "text": held_out}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(source=str(tmp_path / "x.jsonl"), holdout=("b",), seq_len=8, tokenizer="bpe:290")
+    tokenizer, train, validation = load_data(config)
+    train_tokenizer([train_text], 290, tmp_path / "t.model")
+    assert tokenizer.files["tokenizer.model"] == (tmp_path / "t.model").read_bytes()
+    assert tokenizer.vocab_size == 290
+    for windows, text in ((train, train_text), (validation, held_out)):
+        assert tokenizer.decode(windows[0].stream) == text
+    assert load_data(config, load_tokenizer("bytes"))[0].fingerprint == "bytes"
+    with pytest.raises(ValueError, match="training a tokenizer of 9000 pieces failed"):
+        load_data(dataclasses.replace(config, tokenizer="bpe:9000"))
+    mqar = DataConfig(source="mqar:pairs=2,rows=8", holdout=(), seq_len=16, tokenizer="bpe:290")
+    with pytest.raises(ValueError, match="'bpe:290' is trained on the text of a run, but source='mqar:pairs=2,rows=8'"):
+        load_data(mqar)
+    with pytest.raises(ValueError, match="'bpe:290' is trained on the text of a run; name one of its checkpoints"):
+        load_tokenizer("bpe:290")
 
 
 @pytest.mark.parametrize("name", ["a,b", "lang=en", "with space", "a:b,c=d"])
