@@ -64,7 +64,7 @@ def test_profile_windows(values):
 def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
     _, workdir = trained
     arguments = [*TINY, f"--config.data.source={corpus}"]
-    again = start("train", *arguments, f"--workdir={workdir}")
+    again = start("train", *arguments, f"--workdir={workdir}", "--config.train.sample_prompt=")
     assert again.returncode == 0, again.stderr
     assert f"resumed {workdir} at step 3\n" in again.stdout
     other = start("train", *arguments, f"--workdir={workdir}", "--config.optim.peak_lr=0.5")
@@ -98,7 +98,8 @@ def test_data(start, tmp_path):
     shard = folder / "train-00000.arrayrecord"
     data = shard.read_bytes()
 
-    tiny = [flag for flag in TINY if "holdout" not in flag and "eval_batches" not in flag]
+    tiny = [flag for flag in TINY if not any(name in flag for name in ("holdout", "eval_batches", "sample"))]
+    tiny.append("--config.train.sample_prompt=")  # `test_train` shows one
     done = start("train", *tiny, *settings, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"validation loss on the validation documents of {folder}, nats per token\n  1-gram" in done.stdout

@@ -56,9 +56,16 @@ def write_study(folder, conditions, steps):
     return [sys.executable, "-m", "launch.study", f"--config={file}", f"--workdir={folder / 'study'}"]
 
 
-def test_study(settings, tmp_path):
+def test_study(settings, tmp_path, capsys):
     """One cell that works and one that does not, side by side; then only what is left is done."""
     command = write_study(tmp_path, ["good", "broken"], steps=4)
+
+    def printed(flag):  # by a later call, in this process
+        capsys.readouterr()
+        with defined_flags(study):
+            run_main(study, *command[3:], flag)
+        return capsys.readouterr().out
+
     planned = subprocess.run(
         [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
     )
@@ -80,21 +87,15 @@ def test_study(settings, tmp_path):
     assert "1 of 2 cells." in done.stdout and "tiny,broken,1: `idattn train: model.vocab_size=37" in done.stdout
 
     (folder / "runs" / "tiny,good,1" / "metrics.jsonl").unlink()  # a record is all that the report reads
-    report = subprocess.run([*command, "--report"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
-    assert report.stdout == done.stdout[done.stdout.index("# study") :]
-    planned = subprocess.run(
-        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
-    )
-    assert [line.split()[1] for line in planned.stdout.splitlines()] == ["train", "evaluate"]
-    assert "good" not in planned.stdout
+    assert printed("--report") == done.stdout[done.stdout.index("# study") :]
+    planned = printed("--dry_run")
+    assert [line.split()[1] for line in planned.splitlines()] == ["train", "evaluate"]
+    assert "good" not in planned
 
     # A run that was killed between its last evaluation and its last checkpoint is not trained.
     (folder / "cells" / "tiny,good,1.json").unlink()
     shutil.rmtree(folder / "runs" / "tiny,good,1" / "checkpoints" / "4")
-    planned = subprocess.run(
-        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
-    )
-    assert [line.split()[1] for line in planned.stdout.splitlines() if "good" in line] == ["train"]
+    assert [line.split()[1] for line in printed("--dry_run").splitlines() if "good" in line] == ["train"]
 
 
 @pytest.mark.slow
