@@ -54,3 +54,20 @@ def test_traffic_of_a_program():
         decode_traffic(HLO, 8)
     with pytest.raises(ValueError, match="cannot tell how often the loop loop runs"):
         moved_bytes(parse(HLO.replace("constant(4)", "parameter(1)")), "ENTRY")
+
+
+def test_a_fusion_reads_the_rows_that_it_gathers():
+    """Not the whole table; of the indices all."""
+    text = """
+%rows (table: bf16[1000,16], ids: s32[4]) -> bf16[4,16] {
+  %table = bf16[1000,16]{1,0} parameter(0)
+  %ids = s32[4]{0} parameter(1)
+  ROOT %g = bf16[4,16]{1,0} gather(%table, %ids), offset_dims={1}
+}
+ENTRY %main (t: bf16[1000,16], i: s32[4]) -> bf16[4,16] {
+  %t = bf16[1000,16]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  ROOT %f = bf16[4,16]{1,0} fusion(%t, %i), kind=kLoop, calls=%rows
+}
+"""
+    assert moved_bytes(parse(text), "ENTRY") == 128 + 16 + 128
