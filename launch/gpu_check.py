@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from idattn.chips import compute_dtype, device_peak_flops
 from idattn.cli import verify
@@ -369,4 +369,5 @@ def timed_items(sizes: Sizes, able: list[Backend], dtype: str, platform: str, ti
 
 if __name__ == "__main__":
     define_flags()
+    FLAGS.set_default("verbosity", logging.WARNING)  # else JAX logs which platforms it did not find
     app.run(main)
