@@ -149,6 +149,7 @@ class ComputeConfig:
     dtype: str = "bfloat16"  # of activations and matrix products; parameters, states and the loss are float32
     backend: str = "auto"  # of idattn.ops.interdomain_attention
     chunk_size: int = 128  # K, tokens in a chunk of the op
+    residual_in_float32: bool = False  # the residual stream, to which layers add, instead of in `dtype` [O]
     remat: str = "none"  # what the backward pass recomputes, see REMAT
     scan_layers: bool = True  # False: a step writes the layers out, not as a loop; faster on TPUs, longer to compile
     loss_chunk: int = 1024  # tokens of a sequence batch whose logits exist at a time

@@ -55,14 +55,14 @@ class Control(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation with a learned scale, of the residual stream (..., D)."""
+    """Root-mean-square normalisation with a learned scale, of the residual stream (..., D), in `dtype` or that of x."""
 
-    def __init__(self, dim: int, *, eps: float):
+    def __init__(self, dim: int, *, eps: float, dtype: str | None = None):
         self.scale = param(jnp.ones(dim), None)
-        self.eps = eps
+        self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalise(x, self.scale[...], self.eps)
+        return rms_normalise(x, self.scale[...], self.eps).astype(self.dtype or x.dtype)
 
 
 class HeadNorm(nnx.Module):

@@ -45,8 +45,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, mixer: str, compute: ComputeConfig, *, rngs: nnx.Rngs):
         residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-        self.mixer_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
-        self.mlp_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=compute.dtype)
+        self.mlp_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=compute.dtype)
         mixer_class = find_mixer(mixer)
         self.mixer = mixer_class(config, residual_std=residual_std, compute=compute, rngs=rngs)
         self.mlp = SwiGLU(config, residual_std=residual_std, rngs=rngs)
@@ -100,7 +100,7 @@ class LanguageModel(nnx.Module):
             return Group(config, compute, rngs=rngs)
 
         self.groups = stack(rngs)  # every parameter with a leading axis of repetitions
-        self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=compute.dtype)
         self.head = Linear(config.model_dim, config.vocab_size, ("D", "V"), std=config.init_std, rngs=rngs)
 
     def hidden(
@@ -116,7 +116,9 @@ class LanguageModel(nnx.Module):
         embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
         # Its gradient is summed before it is split. Otherwise the partitioner gathers every token's part of the sum.
         embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
-        x = constrain(embedding[tokens], "B", "T", None)
+        x = embedding[tokens]
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if self.compute.residual_in_float32 else x
+        x = constrain(x, "B", "T", None)
         start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
         documents, end = find_documents(segment_ids, start, tokens.shape, self.config)
         graphdef, params = nnx.split(self.groups)
