@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from support import helpers, oracles
-from support.gpu import InterpretGPUParams
+from support.gpu import interpreter
 
 from idattn.ops import (
     Basis,
@@ -27,7 +27,9 @@ from idattn.ops import (
 from idattn.ops.einsum import einsum_f32
 
 XLA_BACKENDS = ("recurrent", "associative", "chunkwise")
-BACKENDS = (*XLA_BACKENDS, "pallas_tpu")
+KERNELS = ("pallas_tpu", "pallas_gpu")
+# All with documents and states. The interpreter of the GPU kernels takes 0.1 s a chunk and query head.
+BACKENDS = (*XLA_BACKENDS, "pallas_tpu", pytest.param("pallas_gpu", marks=pytest.mark.slow))
 SIZES = dict(H=4, G=2, R=4, E=3, M=5)
 PADDING = helpers.PADDING
 # Compiling takes nearly all of this file's time, and half of it so.
@@ -38,7 +40,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 INTERPRETED = {
     "chunkwise on GPUs": chunkwise.ON_GPUS,
     "pallas_tpu": pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan")),
-    "pallas_gpu": pallas_gpu.interpreted(InterpretGPUParams(uninitialized_memory="nan")),
+    "pallas_gpu": pallas_gpu.interpreted(interpreter()),
 }
 
 
@@ -81,7 +83,8 @@ FLOAT64 = [
 FLOAT32 = [
     *((backend, Shape(29, 8, 1, "real", "full", True, True)) for backend in (*XLA_BACKENDS, "fft")),
     *(("pallas_tpu", shape) for shape in [*SHAPES[:3], *SHAPES[4:]]),
-    *(("pallas_gpu", shape) for shape in SHAPES[:1]),
+    ("pallas_gpu", SHAPES[0]),
+    *(pytest.param("pallas_gpu", shape, marks=pytest.mark.slow) for shape in SHAPES[1:]),
 ]
 
 
@@ -258,7 +261,7 @@ def test_gpu_kernels_with_several_tiles():
     judge(attention("pallas_gpu", K, "transpose"), case, "transpose", "float32", ids, rng, close("float32", T * 5))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "pallas_gpu", "fft"])
+@pytest.mark.parametrize("backend", [*XLA_BACKENDS, *KERNELS, "fft"])
 def test_bfloat16_inputs(backend):
     """Root mean square errors at most 1 % of every head's output and gradients, for Delta from 1e-5 to 1.
 
@@ -284,7 +287,7 @@ def test_bfloat16_inputs(backend):
         ratio = np.sqrt(mean_square(error, axes) / mean_square(expected, axes))
         assert np.all(ratio <= 0.01), f"{name}: root mean square error ratio {ratio}"
 
-    chunk_size = 36 if backend == "pallas_gpu" else 16  # whose interpreter takes 0.1 s a chunk and query head
+    chunk_size = 36 if backend == "pallas_gpu" else 16
     for seed in range(3):
         rng = np.random.default_rng(seed)
         case = helpers.random_case(rng, B=2, T=72, H=G, G=G, R=16, E=12, M=M)
@@ -397,7 +400,7 @@ def property_case(seed, **changes):
 
 
 def dtype_of(backend):
-    return "float32" if backend == "pallas_tpu" else "float64"
+    return "float32" if backend in KERNELS else "float64"
 
 
 def run_property(backend, case, segment_ids):
@@ -413,7 +416,7 @@ def holds(**strategies):
     def decorate(property_):
         @pytest.mark.parametrize("backend", BACKENDS)
         def test(backend):
-            @settings(max_examples=3 if backend == "pallas_tpu" else 50, deadline=None, derandomize=True)
+            @settings(max_examples=3 if backend in KERNELS else 50, deadline=None, derandomize=True)
             @given(**strategies)
             def example(**values):
                 property_(backend, **values)
@@ -555,7 +558,8 @@ def extreme_case(a_imag, **sizes):
 
 
 @pytest.mark.parametrize(
-    ("backend", "readout"), [("chunkwise", "hermitian"), *((backend, "transpose") for backend in (*BACKENDS, "fft"))]
+    ("backend", "readout"),
+    [("chunkwise", "hermitian"), *((backend, "transpose") for backend in (*XLA_BACKENDS, "pallas_tpu", "fft"))],
 )
 def test_extreme_parameters_stay_finite(backend, readout):
     case = extreme_case([0.0, 1e6, -1e6], B=1, T=9)
