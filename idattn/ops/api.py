@@ -80,7 +80,7 @@ def interdomain_attention(
         (matrix products over chunks), "fft" (convolutions by FFT: for the linear readout, no segments; of queries a
         reference for small T), "associative" (chunkwise, but the states run through the chunks in a parallel scan;
         with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only), "pallas_gpu"
-        (kernels for Hopper GPUs only, which no card has run yet) or "auto" (by the platform that is compiled for:
+        (kernels for H100, H200 and A100, which no card has run yet) or "auto" (by the platform that is compiled for:
         pallas_tpu on TPUs where it can run, else chunkwise).
       chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
         multiple of 128, pallas_gpu one of 64.

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from idattn.ops.pallas_gpu import TILE
 
+newer: Any = plgpu  # for names that jax has from 0.12 on
 SPREAD = 8  # elements by which rows of a tile are longer, so that rows lie in different banks of SMEM
 
 
@@ -125,8 +126,39 @@ class Hopper:
         plgpu.wait_smem_to_gmem(0)
 
 
+class Ampere(Hopper):
+    """Products by mma, both operands in registers: read from SMEM, the left one by way of it. From jax 0.12."""
+
+    def matrices(self, count: int, rows: int, columns: int, dtype):
+        return plgpu.SMEM((count * rows, columns), dtype)
+
+    def load(self, pairs, barrier):
+        for source, target in pairs:
+            newer.store(target, self.read(source), optimized=False)
+
+    def dot(self, columns: int, *products):
+        rows, dtype = products[0][0].shape[0], products[0][0].dtype
+        sums = plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), newer.Layout.MMA_ACC(dtype))
+        for a, b, transposed in products:
+
+            def as_left(buffer, a=a):
+                newer.store(buffer, a, optimized=False)
+                return _load(buffer, newer.Layout.MMA_LHS(dtype))
+
+            left = pl.run_scoped(as_left, plgpu.SMEM(a.shape, dtype))
+            right = _load(b.transpose((1, 0)) if transposed else b, newer.Layout.MMA_RHS(dtype))
+            sums = newer.mma(sums, left, right)
+        return plgpu.layout_cast(sums, plgpu.Layout.WGMMA)
+
+    def store(self, value, buffer, target):
+        newer.store(target, value, optimized=False)
+
+    def finish(self):
+        pass
+
+
 class Interpreted(Hopper):
-    """The same on a CPU, for tests: what Pallas does not interpret is done with arrays, at the same addresses."""
+    """Hopper's on a CPU, for tests: what Pallas does not interpret is done with arrays, at the same addresses."""
 
     def matrices(self, count: int, rows: int, columns: int, dtype):
         return plgpu.SMEM((count * rows, columns), dtype)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from idattn.ops.gpu_kernels import Block
 
 TILE = 64  # tokens in a tile; modes are padded to a multiple of it
-SMEM_BYTES = 227 * 1024  # of a program, on Hopper
+# Shared memory of a program by compute capability, of A100 and H100. That of others does not hold a chunk.
+SMEM_BYTES = {"8.0": 163 * 1024, "9.0": 227 * 1024}
 
 
 def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
@@ -37,28 +38,34 @@ def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
     M = -(-M // TILE) * TILE
     if max(R, E, M) > 256:
         return f"widths and modes of at most 256, not {R=}, {E=} and {M=}"
-    if (size := _smem_bytes(chunk_size, R, E, M)) > SMEM_BYTES:
-        return (
-            f"{size >> 10} KiB of shared memory for {chunk_size=}, {R=}, {E=} and {M=}, where {SMEM_BYTES >> 10} KiB "
-            "are: a smaller chunk_size needs less"
-        )
     capability = _capability()
-    if capability not in (None, "9.0"):
-        return f"an NVIDIA GPU of compute capability 9.0 (H100, H200), not {capability}"
+    if capability not in SMEM_BYTES:
+        return f"an NVIDIA GPU of compute capability 9.0 (H100, H200) or 8.0 (A100), not {capability}"
+    if capability == "8.0" and jax.__version_info__ < (0, 12):
+        return f"jax 0.12 for compute capability 8.0 (A100), not {jax.__version__}"
+    if (size := _smem_bytes(chunk_size, R, E, M, capability)) > SMEM_BYTES[capability]:
+        return (
+            f"{size >> 10} KiB of shared memory for {chunk_size=}, {R=}, {E=} and {M=}, where "
+            f"{SMEM_BYTES[capability] >> 10} KiB are: a smaller chunk_size needs less"
+        )
     return None
 
 
-def _smem_bytes(K: int, R: int, E: int, M: int) -> int:
+def _smem_bytes(K: int, R: int, E: int, M: int, capability: str) -> int:
     """Of the backward kernel, whose tiles are the larger ones."""
     operands = K * (R + E) + 2 * M * (R + E) + 4 * K * M + 4 * M * M
     tiles = TILE * (R + E + K + M) + TILE * (K + 9) + K
-    return 2 * (operands + tiles) + 4096  # 4 KiB for barriers and what Mosaic itself takes
+    if capability == "8.0":  # with a buffer for left operands
+        return 2 * (operands + tiles + TILE * max(R, E, K, M)) + 1024  # 1 KiB for what Mosaic itself takes
+    return 2 * (operands + tiles) + 4096  # 4 KiB for that, barriers and the alignment of swizzled matrices
 
 
-def _capability() -> str | None:
-    """The compute capability of the GPU that Mosaic compiles for; None where JAX knows none: it takes Hopper then."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or get_default_device()
-    return getattr(device, "compute_capability", None)
+def _capability() -> str:
+    """The compute capability of the GPU that Mosaic compiles for: Hopper's where JAX knows none."""
+    device, default = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), get_default_device()
+    if device is None or device.device_kind == getattr(default, "device_kind", None):
+        device = default  # which knows, as the abstract one does not
+    return getattr(device, "compute_capability", "9.0")
 
 
 def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, interpret=False):
@@ -152,9 +159,10 @@ def _call(kernel, block: "Block", B: int, H: int, run, tables: Tables, arrays, o
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from idattn.ops.gpu_kernels import Hopper, Interpreted, Operands
+    from idattn.ops.gpu_kernels import Ampere, Hopper, Interpreted, Operands
 
-    machine, dtype = Interpreted() if interpret else Hopper(), arrays[0].dtype
+    machine = Interpreted() if interpret else {"8.0": Ampere, "9.0": Hopper}[_capability()]()
+    dtype = arrays[0].dtype
     decays = jnp.pad(jnp.moveaxis(tables.decays, 2, 1), [(0, 0)] * 3 + [(0, block.M - tables.decays.shape[-1])])
     decays = decays.reshape(*decays.shape[:2], -1, block.rows, block.M)
     reach = jnp.zeros((1, 1, block.rows), jnp.int32) if run is None else _reach(block, run)

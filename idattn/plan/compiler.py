@@ -5,6 +5,7 @@ import os
 import re
 
 import jax
+import numpy as np
 
 from idattn.plan.gpus import gpu_devices, gpu_of, load_gpu_compiler
 
@@ -55,6 +56,10 @@ def devices_of(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInva
 
 def compile_for(topology: str, function, *arguments):
     """`function` compiled for one chip of a topology, as v5e:2x2 or h100; arguments are ShapeDtypeStructs."""
-    sharding = jax.sharding.SingleDeviceSharding(devices_of(topology)[0])
+    device = devices_of(topology)[0]
+    mesh = jax.sharding.Mesh(np.array([device]), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    return jax.jit(function).lower(*arguments).compile()
+    # Mosaic asks these two, not the arguments, which GPU it compiles for.
+    with jax.default_device(device), jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arguments).compile()

@@ -52,8 +52,22 @@ def test_other_gpus_are_refused(monkeypatch, capability):
     gpu = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(pallas_gpu, "get_default_device", lambda: gpu)
     *inputs, _ = abstract_inputs(OpShape(2, 2, 64, 64, 64), 1, 256, jnp.bfloat16)
-    with pytest.raises(ValueError, match=f"compute capability 9.0 .*not {capability}.*'chunkwise'"):
+    with pytest.raises(ValueError, match=f"compute capability 9.0 .*8.0 .*not {capability}.*'chunkwise'"):
         jax.eval_shape(op, *inputs)
+
+
+def test_ampere(monkeypatch):
+    """Which has less shared memory, and is compiled for from jax 0.12 on."""
+    gpu = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(pallas_gpu, "get_default_device", lambda: gpu)
+    *inputs, _ = abstract_inputs(OpShape(2, 2, 64, 64, 64), 1, 256, jnp.bfloat16)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 9))
+    with pytest.raises(ValueError, match=r"needs jax 0.12 for compute capability 8.0 \(A100\), not .*'chunkwise'"):
+        jax.eval_shape(op, *inputs)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    with pytest.raises(ValueError, match="KiB of shared memory for chunk_size=128.*163 KiB.*smaller chunk_size"):
+        jax.eval_shape(functools.partial(op, chunk_size=128), *inputs)
+    assert pallas_gpu.requirement(*inputs[:3], 64, 64, jnp.dtype("float32")) is None
 
 
 def test_auto_does_not_take_the_kernels():

@@ -1,4 +1,4 @@
-"""The kernels of `pallas_gpu` compiled for a Hopper GPU that is not there, and what registers they spill."""
+"""The kernels of `pallas_gpu` compiled for GPUs that are not there, and what registers they spill."""
 
 import re
 
@@ -12,17 +12,20 @@ from idattn.plan.op_shapes import OpShape, abstract_inputs
 
 # Bytes that forward and backward may spill, a few more than docs/kernels.md records.
 CASES = [
-    (OpShape(4, 4, 64, 64, 64), 64, True, 64, 256),
-    (OpShape(4, 4, 64, 64, 64), 128, True, 512, 2048),
-    (OpShape(4, 2, 64, 64, 64), 128, False, 512, 2048),
-    (OpShape(2, 2, 96, 96, 64), 64, False, 512, 2048),
-    (OpShape(2, 2, 32, 48, 20), 64, True, 512, 2048),
+    ("h100", OpShape(4, 4, 64, 64, 64), 64, True, 64, 256),
+    ("h100", OpShape(4, 4, 64, 64, 64), 128, True, 512, 2048),
+    ("h100", OpShape(4, 2, 64, 64, 64), 128, False, 512, 2048),
+    ("h100", OpShape(2, 2, 96, 96, 64), 64, False, 512, 2048),
+    ("h100", OpShape(2, 2, 32, 48, 20), 64, True, 512, 2048),
 ]
+if jax.__version_info__ >= (0, 12):
+    CASES.append(("a100", OpShape(4, 4, 64, 64, 64), 64, True, 128, 256))
+ARCHITECTURES = {"h100": "sm_90a", "a100": "sm_80"}
 
 
-@pytest.mark.parametrize(("shape", "chunk_size", "segments", "forward_spills", "backward_spills"), CASES)
+@pytest.mark.parametrize(("topology", "shape", "chunk_size", "segments", "forward_spills", "backward_spills"), CASES)
 def test_the_kernels_compile(
-    gpu_compile, monkeypatch, capfd, shape, chunk_size, segments, forward_spills, backward_spills
+    gpu_compile, monkeypatch, capfd, topology, shape, chunk_size, segments, forward_spills, backward_spills
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
@@ -38,13 +41,13 @@ def test_the_kernels_compile(
     ids = jax.ShapeDtypeStruct((2, 300), jnp.int32) if segments else None
     inputs = abstract_inputs(shape, 2, 300, jnp.bfloat16)
     state = jax.ShapeDtypeStruct((2, shape.G, shape.R + shape.E, 2 * shape.M), jnp.float32) if segments else None
-    text = compile_for("h100", op, *inputs, ids, state).as_text()
+    text = compile_for(topology, op, *inputs, ids, state).as_text()
     assert text.count("mosaic_gpu") >= 2
     report = capfd.readouterr()
     pattern = r"function 'interdomain_(\w+?)_mosaic\w+' for '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     kernels = {x[1]: x.groups()[1:] for x in re.finditer(pattern, report.out + report.err, re.DOTALL)}
-    print(shape, chunk_size, kernels)
+    print(topology, shape, chunk_size, kernels)
     assert kernels.keys() == {"forward", "chain"}
-    assert {architecture for architecture, *_ in kernels.values()} == {"sm_90a"}
+    assert {architecture for architecture, *_ in kernels.values()} == {ARCHITECTURES[topology]}
     assert int(kernels["forward"][1]) <= forward_spills
     assert int(kernels["chain"][1]) <= backward_spills
