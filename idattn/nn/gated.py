@@ -63,9 +63,9 @@ class GatedCore(nnx.Module):
           projected: the other projections -> (B, T, channels), float32.
         """
 
-    def finish(self, o: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
-        """The heads' outputs (B, T, H, E) from what was read, the values and SiLU of the gate."""
-        return self.norm(o) * gate
+    def finish(self, o: jax.Array, v: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """The heads' outputs (B, T, H, E) from what was read, the values and, where there is one, SiLU of the gate."""
+        return self.norm(o) if gate is None else self.norm(o) * gate
 
     def __call__(
         self, projected: dict[str, jax.Array], documents: Documents, memory: GatedMemory | None
@@ -99,7 +99,7 @@ class GatedCore(nnx.Module):
                     *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size, segment_ids=segments,
                     initial_state=state,
                 )  # fmt: skip
-        gate = jax.nn.silu(projected["gate"]).reshape(o.shape)
+        gate = jax.nn.silu(projected["gate"]).reshape(o.shape) if self.config.ssm.output_gate else None
         o = self.finish(o, heads["value"], gate).reshape(*o.shape[:2], -1)
         return checkpoint_name(o, "mixer"), GatedMemory(state, tails)
 
@@ -108,8 +108,8 @@ class GatedMixer(Mixer):
     """x (B, T, D) -> (B, T, D) through a state of real numbers for each head, which decays by what the tokens say.
 
     Heads have 4M features R in their keys, so that their states R x E have as many numbers as those of the mixers with
-    M modes. Queries, keys and values go through short convolutions and SiLU; what is read is normalised and gated.
-    Of `config.ssm` the mixers read num_modes and conv_width.
+    M modes. Queries, keys and values go through short convolutions and SiLU; what is read is normalised, and
+    gated, as in the papers, where output_gate says so. Of `config.ssm` they read that, num_modes and conv_width.
 
     Attributes:
       shared: all heads have one query and one key.
@@ -127,8 +127,7 @@ class GatedMixer(Mixer):
         self.query = self.projection(keys, rngs, None if self.shared else "H")
         self.key = self.projection(keys, rngs, None if self.shared else "H")
         self.value = self.projection(D, rngs)
-        self.gate = self.projection(D, rngs)
-        for name, width in self.controls(config).items():
+        for name, width in self._gates(config).items():
             setattr(self, name, self.projection(width, rngs))
         self.core = self.core_type(config, compute, rngs, self.shared)
         self.output = Linear(D, D, ("H", "D"), std=residual_std, rngs=rngs)
@@ -143,7 +142,12 @@ class GatedMixer(Mixer):
 
     def project(self, x: jax.Array) -> dict[str, jax.Array]:
         """All projections by name."""
-        return {name: getattr(self, name)(x) for name in (*CONVOLVED, "gate", *self.controls(self.config))}
+        return {name: getattr(self, name)(x) for name in (*CONVOLVED, *self._gates(self.config))}
+
+    @classmethod
+    def _gates(cls, config: ModelConfig) -> dict[str, int]:
+        """The names and widths of the projections that are not convolved."""
+        return ({"gate": config.model_dim} if config.ssm.output_gate else {}) | cls.controls(config)
 
     def mix(self, x: jax.Array, documents: Documents, memory: GatedMemory | None) -> tuple[jax.Array, GatedMemory]:
         if is_split("T"):
@@ -181,7 +185,7 @@ class GatedMixer(Mixer):
     def flops(cls, config: ModelConfig, context: int) -> int:
         """Projections, convolutions, and for a number of the state its decay (1), the input and each readout (2)."""
         D, keys = config.model_dim, key_width(config) * (1 if cls.shared else config.num_heads)
-        projections = 2 * D * (3 * D + 2 * keys + sum(cls.controls(config).values()))
+        projections = 2 * D * (2 * D + 2 * keys + sum(cls._gates(config).values()))
         convolutions = 2 * config.ssm.conv_width * (2 * keys + D)
         return projections + convolutions + (7 if cls.corrects else 5) * cls.state_size(config, context)
 

@@ -30,8 +30,9 @@ class Mamba2Core(GatedCore):
         log_decays = -jnp.exp(self.a_log[...])[None, None, :, None] * steps
         return Recurrence(q, k, (v * steps).astype(v.dtype), log_decays)
 
-    def finish(self, o: jax.Array, v: jax.Array, gate: jax.Array) -> jax.Array:
-        return self.norm((o + self.skip[...].astype(o.dtype)[None, None, :, None] * v) * gate)
+    def finish(self, o: jax.Array, v: jax.Array, gate: jax.Array | None) -> jax.Array:
+        o = o + self.skip[...].astype(o.dtype)[None, None, :, None] * v
+        return self.norm(o if gate is None else o * gate)
 
 
 class Mamba2(GatedMixer):

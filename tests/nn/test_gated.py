@@ -16,9 +16,11 @@ from idattn.sharding import make_mesh
 B, T, D, H, E, R = 2, 11, 12, 2, 6, 20
 
 
-def make_mixer(name):
+def make_mixer(name, **ssm):
     compute = ComputeConfig(dtype="float32", chunk_size=4)
-    return find_mixer(name)(ModelConfig.tiny(name), residual_std=0.5, compute=compute, rngs=nnx.Rngs(1))
+    return find_mixer(name)(
+        ModelConfig.tiny(name, ssm=SSMConfig(num_modes=5, **ssm)), residual_std=0.5, compute=compute, rngs=nnx.Rngs(1)
+    )
 
 
 def inputs(length):
@@ -33,10 +35,11 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
+@pytest.mark.parametrize("output_gate", [True, False])
 @pytest.mark.parametrize("name", PEERS)
-def test_mixers_equal_their_definition(name):
+def test_mixers_equal_their_definition(name, output_gate):
     """The whole mixer around the oracle's recurrence, for parameters that are all away from their start."""
-    mixer, x = make_mixer(name), inputs(T)
+    mixer, x = make_mixer(name, output_gate=output_gate), inputs(T)
     rng = np.random.default_rng(5)
     for _, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
         variable[...] = variable[...] + 0.3 * rng.normal(size=variable.shape).astype(np.float32)
@@ -68,7 +71,7 @@ def test_mixers_equal_their_definition(name):
         case["log_decays"] = -(np.exp(core["a_log"]) * softplus(projected["decay"] + core["step_bias"]))[..., None]
         case["gains"] = 1 / (1 + np.exp(-projected["gain"]))
         o, _ = oracles.gated_forward(case | {"q": q, "k": k, "v": v})
-    gate = silu(projected["gate"]).reshape(o.shape)
+    gate = silu(projected["gate"]).reshape(o.shape) if output_gate else 1.0
     o = o * gate if name == "mamba2" else o
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * core["norm"]["scale"]
     o = o if name == "mamba2" else o * gate
@@ -79,7 +82,8 @@ def test_mixers_equal_their_definition(name):
 def test_costs_by_hand():
     """At D = 512, H = 8 and M = 16 keys are as wide as heads, and a state has as many numbers as interdomain's."""
     D, H, R = 512, 8, 64
-    sizes = dict(vocab_size=1000, model_dim=D, num_layers=2, num_heads=H, mlp_dim=512, ssm=SSMConfig(num_modes=16))
+    ssm = SSMConfig(num_modes=16, output_gate=True)
+    sizes = dict(vocab_size=1000, model_dim=D, num_layers=2, num_heads=H, mlp_dim=512, ssm=ssm)
     models = {name: ModelConfig(mixers=(name,), **sizes) for name in (*PEERS, "interdomain")}
     for name, model in models.items():
         assert state_size(model, name, 100) == D * R

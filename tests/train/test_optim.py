@@ -78,7 +78,7 @@ def matrices(*names):
 C_OUT = {"mixer.core.c_out"}
 QUERY_SSM = matrices("key", "value", "query"), convolution("key") | convolution("query")
 GATED = (
-    matrices("query", "key", "value", "gate"),
+    matrices("query", "key", "value"),
     convolution("query") | convolution("key") | convolution("value") | {"mixer.core.norm.scale"},
 )
 STEPS = {"mixer.core.step_bias", "mixer.core.a_log"}
