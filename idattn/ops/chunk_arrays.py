@@ -134,10 +134,10 @@ def to_tokens(lagged: jax.Array) -> jax.Array:
 def chunk_states(
     z: jax.Array, tables: Tables | LagTables, first: jax.Array, masks: Masks, scan: Scan
 ) -> tuple[jax.Array, jax.Array]:
-    """The states at the chunks' starts, (G, B, N, W, 2M), and after the last, from columns that are added to them.
+    """The states at the chunks' starts, (G, B, N, W, 2M), and after the last, from the columns of the tokens.
 
     `first` and the last one are (B, G, W, 2M).
     """
-    increments = einsum_f32("gbnws,gsm->gbnwm", z, tables.lags[:, ::-1], z.dtype).astype(first.dtype)
+    increments = einsum_f32("gbnws,gsm->gbnwm", at_end(z, masks), tables.lags[:, ::-1], z.dtype).astype(first.dtype)
     starts, end = scan(tables.decays[:, -1], increments, masks.continues, first.swapaxes(0, 1))
     return starts, end.swapaxes(0, 1)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from idattn.ops.chunk_arrays import (
     GROUP,
     Masks,
-    at_end,
     chunk_states,
     columns,
     find_masks,
@@ -45,7 +44,7 @@ def linear(
     (z,), run = pad_to_chunks((z,), segments, chunk_size)
     (z,) = zero_padding((z,), run)
     masks = find_masks(run, tables)
-    starts, _ = chunk_states(at_end(columns(z, tables=tables), masks), tables, initial_state, masks, scan)
+    starts, _ = chunk_states(columns(z, tables=tables), tables, initial_state, masks, scan)
     row = linear_readout_row(basis, c_out)
     y = jax.checkpoint(_convolve, prevent_cse=False)(split_chunks(z, tables), starts, tables, row, masks)
     start = starts[:, jnp.arange(B), jnp.maximum(last, 0) // chunk_size].swapaxes(0, 1)
@@ -68,8 +67,7 @@ def transfer(
         state, last_start = carry
         index, *arrays, run = chunk_group
         masks = find_masks(run, tables)
-        z = at_end(columns(*arrays, tables=tables), masks)
-        starts, end = chunk_states(z, tables, state, masks, sequential_scan)
+        starts, end = chunk_states(columns(*arrays, tables=tables), tables, state, masks, sequential_scan)
         return (end, last_start + last_of(starts, index, jnp.maximum(last, 0) // chunk_size)), None
 
     (_, start), _ = jax.lax.scan(body, (zero, zero), (jnp.arange(count), *arrays, runs))

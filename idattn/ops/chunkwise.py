@@ -79,7 +79,7 @@ def forward(
         index, q, k, v, run = inputs
         masks = find_masks(run, tables)
         q, z = split_queries(q, G, tables), columns(k, v, tables=tables)
-        starts, end = chunk_states(at_end(z, masks), tables, state, masks, scan)
+        starts, end = chunk_states(z, tables, state, masks, scan)
         memory = _memory(z, starts)
         weights = _read(q, memory[:, :, :, :R], tables, masks).weights
         o = einsum_f32("gbnjta,gbnea->gbnjte", weights, memory[:, :, :, R:], q.dtype).astype(q.dtype)
@@ -141,13 +141,13 @@ def backward(
     def advance(state, inputs):
         k, v, run = inputs
         masks = find_masks(run, tables)
-        return chunk_states(at_end(columns(k, v, tables=tables), masks), tables, state, masks, scan)[1], state
+        return chunk_states(columns(k, v, tables=tables), tables, state, masks, scan)[1], state
 
     def body(carry, inputs):
         d_end, d_constants = carry
         index, state, q, k, v, d_o, run = inputs
         masks = find_masks(run, tables)
-        z = at_end(columns(k, v, tables=tables), masks)
+        z = columns(k, v, tables=tables)
         starts, _ = chunk_states(z, tables, state, masks, scan)
         c = chain(q, k, v, d_o, starts, tables, masks, run)
         q, d_o = split_queries(q, G, tables), split_queries(d_o, G, tables)
@@ -164,7 +164,7 @@ def backward(
         d_k = einsum_f32("gbnjts,gbnjtr->gbnrs", c.d_scores[..., :K], q, dtype).astype(dtype) + d_z[:, :, :, :R]
         d_v = einsum_f32("gbnjts,gbnjte->gbnes", c.weights[..., :K], d_o, dtype).astype(dtype) + d_z[:, :, :, R:]
 
-        d_lags = einsum_f32("gbnws,gbnwm->gsm", z, d_X, dtype)[:, ::-1]
+        d_lags = einsum_f32("gbnws,gbnwm->gsm", at_end(z, masks), d_X, dtype)[:, ::-1]
         d_answering = _answer_cotangent(c.lagged, c.d_answers, constants)
         continued = starts.astype(dtype)
         if masks.continues is not None:

@@ -12,7 +12,7 @@ from jax.extend.backend import get_default_device
 
 from idattn.ops import chunkwise
 from idattn.ops.backend import Backend
-from idattn.ops.chunk_arrays import at_end, chunk_states, columns, find_masks, last_of, split_groups
+from idattn.ops.chunk_arrays import chunk_states, columns, find_masks, last_of, split_groups
 from idattn.ops.chunks import Tables, zero_padding, zero_state
 from idattn.ops.planes import to_planes
 from idattn.ops.platforms import requires
@@ -123,7 +123,7 @@ def _start_states(q, k, v, tables: Tables, initial_state, run, last_chunk, *, sc
         state, last_start = carry
         index, k, v, run = inputs
         masks = find_masks(run, tables)
-        starts, end = chunk_states(at_end(columns(k, v, tables=tables), masks), tables, state, masks, scan)
+        starts, end = chunk_states(columns(k, v, tables=tables), tables, state, masks, scan)
         return (end, last_start + last_of(starts, index, last_chunk)), starts.astype(q.dtype)
 
     zeros = zero_state(k, v, tables)
