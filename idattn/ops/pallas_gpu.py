@@ -159,7 +159,8 @@ def _call(kernel, block: "Block", B: int, H: int, run, tables: Tables, arrays, o
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from idattn.ops.gpu_kernels import Ampere, Hopper, Interpreted, Operands
+    from idattn.ops.gpu_kernels import Operands
+    from idattn.ops.gpu_machines import Ampere, Hopper, Interpreted
 
     machine = Interpreted() if interpret else {"8.0": Ampere, "9.0": Hopper}[_capability()]()
     dtype = arrays[0].dtype
