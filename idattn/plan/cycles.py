@@ -62,7 +62,8 @@ class Estimate(NamedTuple):
         return sum(self.parts.values())
 
 
-Cost = Callable[[Module, str, Instruction], Estimate]  # of the core in one run of an instruction of a computation
+# Of the core in one run of an instruction of a computation, and whether it is part of an exchange between chips.
+Cost = Callable[[Module, str, Instruction, bool], Estimate]
 
 
 def estimate(module: Module, chip: Chip, kernel_cycles: Callable[[Instruction], float]) -> Estimate:
@@ -102,7 +103,7 @@ def add_up(module: Module, name: str, chip: Chip, cost: Cost) -> Estimate:
             if c.key not in finish:
                 begin = max(now, free[c.network])
                 finish[c.key] = free[c.network] = begin + c.sent_bytes / speed[c.network] * chip.clock
-        spent = _spent(module, name, x, chip, cost)
+        spent = _spent(module, name, x, bool(exchanged[x.name]), chip, cost)
         now += spent.cycles
         waits = [finish[key] for key, instruction in ends.items() if instruction == x.name]
         if waits and max(waits) > now:
@@ -113,7 +114,7 @@ def add_up(module: Module, name: str, chip: Chip, cost: Cost) -> Estimate:
     return total
 
 
-def _spent(module: Module, name: str, x: Instruction, chip: Chip, cost: Cost) -> Estimate:
+def _spent(module: Module, name: str, x: Instruction, exchanged: bool, chip: Chip, cost: Cost) -> Estimate:
     """The cycles of the core in one run of an instruction."""
     if x.kind == "while":
         return add_up(module, called("body", x), chip, cost) * trip_count(module, name, x)
@@ -121,17 +122,17 @@ def _spent(module: Module, name: str, x: Instruction, chip: Chip, cost: Cost) ->
         return max((add_up(module, y, chip, cost) for y in branches(x)), key=lambda y: y.cycles)
     if x.kind in ("call", "async-start"):
         return add_up(module, called("to_apply" if "to_apply=" in x.line else "calls", x), chip, cost)
-    return cost(module, name, x)
+    return cost(module, name, x, exchanged)
 
 
 def _compilers_cost(
-    module: Module, name: str, x: Instruction, kernel_cycles: Callable[[Instruction], float]
+    module: Module, name: str, x: Instruction, exchanged: bool, kernel_cycles: Callable[[Instruction], float]
 ) -> Estimate:
     if kernel_call(x):
         return Estimate(Counter(kernels=kernel_cycles(x)))  # pyright: ignore[reportArgumentType]  # as above
     if (cycles := _estimated(x)) is not None:
         return Estimate(Counter({part_of(module, x): cycles}))
-    if x.kind.endswith("-start") or _FREE.search(x.line) or collectives(module, name, x):
+    if x.kind.endswith("-start") or _FREE.search(x.line) or exchanged:
         return Estimate(Counter())
     moved = instruction_bytes(module, name, x)
     return Estimate(Counter(), Counter(uncounted=int(moved > 0)), Counter(uncounted=moved))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from idattn.chips import Chip
 from idattn.plan.cycles import PARTS, Estimate, add_up, part_of
-from idattn.plan.hlo import Instruction, Module, arrays, called, collectives, dimensions, shape_of
+from idattn.plan.hlo import Instruction, Module, arrays, called, dimensions, shape_of
 from idattn.plan.traffic import instruction_bytes
 
 GPU_PARTS = PARTS | {"kernels": "the op", "mixer": "elementwise work of the mixer, without the op"}
@@ -25,9 +25,9 @@ def bound(module: Module, chip: Chip) -> Estimate:
       ValueError: a loop does not say how often it runs.
     """
 
-    def launch(module: Module, name: str, x: Instruction) -> Estimate:
+    def launch(module: Module, name: str, x: Instruction, exchanged: bool) -> Estimate:
         moved = instruction_bytes(module, name, x)
-        if not moved or x.kind.endswith("-start") or collectives(module, name, x):
+        if not moved or x.kind.endswith("-start") or exchanged:
             return Estimate(Counter())
         seconds = sum(flops / chip.peak(dtype) for flops, dtype in products(module, name, x))
         in_op = re.search(r'op_name="[^"]*\bop\b', x.line)  # the scope around it in `idattn.nn`
