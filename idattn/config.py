@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
 from idattn.choices import BASES, CORES, FEATURES, MIXERS, OPTIMIZERS, READOUTS, WRITES, check_choice, find_mixer
+from idattn.ops.adaptive import check_write
 from idattn.ops.api import AUTO, BACKENDS
 
 REMAT: Mapping[str, str] = {
@@ -55,8 +56,8 @@ class SSMConfig:
         check_choice("core", self.core, CORES)
         check_choice("write", self.write, WRITES)
         check_choice("readout", self.readout, READOUTS)
-        if self.write == "damped" and self.readout != "hermitian":
-            raise ValueError(f"write='damped' needs readout='hermitian', not {self.readout!r}.")
+        if self.write != "add":
+            check_write(self.write, self.readout)
         check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))
         check_choice("c_init", self.c_init, ("normal", "eye"))
