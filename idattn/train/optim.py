@@ -55,16 +55,20 @@ def make_optimizer(config: OptimConfig, steps: int, model: nnx.Module) -> optax.
             node[path[-1]] = function(variable)
         return nested
 
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    rules: dict[Hashable, optax.GradientTransformation] = {"muon": _scale_by_muon(config.momentum), "adam": adam}
-    rule_of = tree_of(lambda v: "muon" if group_of(v) == "matrix" and "V" not in v.get_metadata()["dims"] else "adam")
+    rule = adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "muon":
+        rules: dict[Hashable, optax.GradientTransformation] = {"muon": _scale_by_muon(config.momentum), "adam": adam}
+        treats = tree_of(
+            lambda v: "muon" if group_of(v) == "matrix" and "V" not in v.get_metadata()["dims"] else "adam"
+        )
+        rule = optax.partition(rules, treats)
     rates: dict[Hashable, optax.GradientTransformation] = {
         "ssm": optax.scale_by_learning_rate(learning_rate(config, steps, ssm=True)),
         "other": optax.scale_by_learning_rate(learning_rate(config, steps)),
     }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        adam if config.name == "adamw" else optax.partition(rules, rule_of),
+        rule,
         optax.add_decayed_weights(config.weight_decay, tree_of(lambda v: group_of(v) == "matrix")),
         optax.partition(rates, tree_of(lambda v: "ssm" if group_of(v) == "ssm" else "other")),
     )
