@@ -26,7 +26,9 @@ define overlay
 	@touch $(1)/.ready
 endef
 
-# Modules are compiled as they are imported: most of those that pip would compile never are.
+# Modules are compiled as they are imported: most of those that pip would compile never are. Where the environment tells
+# Python to store none of it, every program would compile all that it imports anew, three times the time of the import.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(RUN) -m pip install --quiet --no-compile
 
 .PHONY: help quickstart test test-quick test-libtpu test-slow test-gpu-compile lint style types format docs notebooks \
