@@ -13,7 +13,7 @@ from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents
 from idattn.nn.layers import Linear, RMSNorm, ShortConv
 from idattn.nn.mixer import Memory, Mixer
-from idattn.ops.prepare import HeadInputs, Preparation
+from idattn.ops.prepare import Preparation
 from idattn.sharding import is_split, on_shards, param_specs, spec
 
 CONVOLVED = ("query", "key", "value")
@@ -73,12 +73,8 @@ class GatedCore(nnx.Module):
         """The heads' outputs (B, T, channels), and the memory after the tokens."""
         heads, tails = {}, {}
         for name in CONVOLVED:
-            conv, x = getattr(self, f"{name}_conv"), projected[name]
             tail = None if memory is None else memory.conv_tails[name]
-            tails[name] = conv.next_tail(x, tail, documents.segments)
-            inputs = HeadInputs(
-                x, taps=conv.taps[...], conv_bias=conv.bias[...], tail=tail, positions=documents.borders
-            )
+            inputs, tails[name] = getattr(self, f"{name}_conv").inputs(projected[name], tail, documents)
             is_mapped = self.feature_map and name != "value"
             width = self.config.head_dim if name == "value" else key_width(self.config)
             y = ops.prepare_heads(inputs, Preparation(width, is_mapped), backend=self.compute.backend)

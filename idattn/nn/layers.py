@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from idattn.config import SSMConfig
+from idattn.nn.documents import Documents, halo
 from idattn.ops import Basis, Segments
 from idattn.ops.discretize import frequencies
-from idattn.ops.prepare import rms_normalise, with_tail
+from idattn.ops.prepare import HeadInputs, rms_normalise, with_tail
 from idattn.sharding import product
 
 
@@ -86,6 +87,21 @@ class ShortConv(nnx.Module):
         self.taps = param(taps, None, dim)
         self.bias = param(jnp.zeros(channels), dim)
         self.width = width
+
+    def inputs(
+        self, x: jax.Array, tail: jax.Array | None, documents: Documents, axis: str | None = None
+    ) -> tuple[HeadInputs, jax.Array]:
+        """The convolution of x as `idattn.ops.prepare_heads` takes it, and the tail that the tokens after x need.
+
+        Args:
+          x, tail: as in `next_tail`.
+          documents: of the tokens.
+          axis: the mesh axis that the tokens are split over, or None; then `tail` is that of the whole sequence.
+        """
+        if axis is not None:
+            tail = halo(self.next_tail(x, None, documents.segments), tail, documents, axis)
+        inputs = HeadInputs(x, taps=self.taps[...], conv_bias=self.bias[...], tail=tail, positions=documents.borders)
+        return inputs, self.next_tail(x, tail, documents.segments)
 
     def next_tail(self, x: jax.Array, tail: jax.Array | None, segments: Segments | None) -> jax.Array:
         """The tail that the tokens after x need.

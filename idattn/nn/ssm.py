@@ -4,7 +4,6 @@ Two questions span the paper's ablation (section 4). What does the state read: f
 or two generic inputs, [a, b]? And how is it read (`idattn.nn.readout`)? `idattn.nn.interdomain` names the combinations.
 """
 
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
-from idattn.nn.documents import Documents, at_last_token, exclusive_scan, halo, where_continued
+from idattn.nn.documents import Documents, at_last_token, exclusive_scan, where_continued
 from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
@@ -124,51 +123,42 @@ class SSMCore(nnx.Module):
           documents, memory: as in `Mixer.mix`.
           axis: the mesh axis that the tokens are split over, or None; then `memory` is what the sequence starts from.
         """
-        before, after = self._tails(projected, documents, memory, axis)
-        prepare = partial(self._prepare, projected, before, documents)
+        inputs, after = self._inputs(projected, documents, memory, axis)
         norm = self.key_norm if self.has_key_norm(self.config) else None
-        k = prepare("key", rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
-        v = prepare("value", norm=self.value_norm)  # eq. 12
-        q = prepare("query", rotate=self.rope, mapped=True) if self.readout.by_query else None  # eq. 10
+        k = self._prepare(inputs["key"], documents, rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
+        v = self._prepare(inputs["value"], documents, norm=self.value_norm)  # eq. 12
+        q = None
+        if self.readout.by_query:
+            q = self._prepare(inputs["query"], documents, rotate=self.rope, mapped=True)  # eq. 10
         controls = {name: projected[name] for name in self.controls(self.config)}
         o, after = self._attend(q, k, v, controls, after, documents, memory, axis)  # eq. 11, 13
         return checkpoint_name(o.reshape(*projected["key"].shape[:2], -1), "mixer"), after
 
-    def _tails(
+    def _inputs(
         self,
         projected: dict[str, jax.Array],
         documents: Documents,
         memory: SSMMemory | SSMBlockMemory | None,
         axis: str | None,
-    ) -> tuple[dict[str, jax.Array | None], dict[str, jax.Array]]:
-        """The inputs of the convolutions from before the tokens, and those that the next tokens need."""
-        before, after = {}, {}
+    ) -> tuple[dict[str, HeadInputs], dict[str, jax.Array]]:
+        """The projections, convolved where the mixer does that, and the tails that the next tokens need."""
+        inputs, after = {name: HeadInputs(x) for name, x in projected.items()}, {}
         for name in self.conv_names:
-            y, conv = projected[name], getattr(self, f"{name}_conv")
             tail = None if memory is None else memory.conv_tails[name]
-            if axis is not None:
-                tail = halo(conv.next_tail(y, None, documents.segments), tail, documents, axis)
-            before[name], after[name] = tail, conv.next_tail(y, tail, documents.segments)
-        return before, after
+            inputs[name], after[name] = getattr(self, f"{name}_conv").inputs(projected[name], tail, documents, axis)
+        return inputs, after
 
     def _prepare(
         self,
-        projected: dict[str, jax.Array],
-        before: dict[str, jax.Array | None],
+        inputs: HeadInputs,
         documents: Documents,
-        name: str,
         *,
         rotate: bool = False,
         mapped: bool = False,
         norm: HeadNorm | None = None,
     ) -> jax.Array:
-        """A projection as heads (B, T, heads, width): convolved where the mixer does that, rotated, mapped by xi."""
-        inputs = HeadInputs(projected[name], rotary=documents.rotary if rotate else None)
-        if name in self.conv_names:
-            conv = getattr(self, f"{name}_conv")
-            inputs = inputs._replace(
-                taps=conv.taps[...], conv_bias=conv.bias[...], tail=before[name], positions=documents.borders
-            )
+        """A projection as heads (B, T, heads, width): convolved, rotated, mapped by xi, normalised, as is asked for."""
+        inputs = inputs._replace(rotary=documents.rotary if rotate else None)
         if norm is not None:
             inputs = inputs._replace(scale=norm.scale[...], bias=norm.bias[...].reshape(-1))
         width, first = self.config.head_dim, self.config.ssm.rope_position == "before"
