@@ -5,7 +5,7 @@ import math
 import pytest
 
 from configs.paper import get_config
-from idattn.choices import CELLS, MIXERS, PEERS
+from idattn.choices import CELLS, CONTROLS, MIXERS, PEERS
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, describe, forward_flops_per_token, state_size, training_flops_per_token
 
@@ -106,7 +106,17 @@ def test_ideal_by_hand():
     layer = 2 * 4 * 768**2 + 12 * (features + update + read) + 2 * 64**3
     assert forward_flops_per_token(model, 4096) == 12 * (layer + 6 * 768 * 2048) + 2 * 768 * 32_000
     cells = {"interdomain", "interdomain_norope", "softmax", "single_query", "s4d", "s4d_rope", "dual_linear"}
-    assert set(CELLS) == cells == set(MIXERS) - {"ideal", *PEERS}  # which are none of the study's seven
+    assert set(CELLS) == cells == set(MIXERS) - {"ideal", *PEERS, *CONTROLS}  # which are none of the study's seven
+
+
+def test_softmax_with_convolutions_by_hand():
+    """Softmax and three convolutions: four taps and a bias for each channel; the cache, without the tails."""
+    model = config_of("125M", "softmax_conv").model
+    assert count_parameters(model)["total"] == PARAMETERS["125M", "softmax"] + 12 * 3 * 5 * 768
+    assert state_size(model, "softmax_conv", 4096) == 2 * 768 * 4096
+    more = 12 * 3 * 2 * 4 * 768
+    plain = config_of("125M", "softmax").model
+    assert forward_flops_per_token(model, 4096) == forward_flops_per_token(plain, 4096) + more
 
 
 def test_describe():

@@ -131,7 +131,7 @@ def test_a_step_is_that_of_one_device(one_device, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_other_mixers_too(one_device, mesh):
-    mixers = ("single_query", "dual_linear")
+    mixers = ("single_query", "dual_linear", "softmax_conv")
     assert_same_step(run_step(make_config(mixers, MESHES[mesh])), one_device(mixers))
 
 
@@ -331,7 +331,7 @@ def test_any_axis_may_go_over_the_hosts_of_gpus():
     assert make_mesh(MeshConfig(data=1, fsdp=8), devices).shape["fsdp"] == 8
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "ideal"])
+@pytest.mark.parametrize("mixer", ["softmax", "softmax_conv", "ideal"])
 def test_what_is_not_split_over_tokens(mixer):
     config = make_config((mixer,), MeshConfig())
     model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0))

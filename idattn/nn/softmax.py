@@ -94,6 +94,17 @@ class KVBlock(Memory):
         return KVCache(keys, values, cache.used + count)
 
 
+def _cache_specs(*lead: str) -> KVCache:
+    """How a cache is split over the mesh, after the axes `lead` of a stack."""
+    return KVCache(spec("L", "B", "H"), spec("L", "B", "H"), spec(*lead, "B"))
+
+
+def refuse_split_cache(memory: Memory | None) -> None:
+    """Raise a NotImplementedError where tokens with a cache would be split over devices."""
+    if memory is not None and is_split("T"):
+        raise NotImplementedError("a cache of keys cannot be split over tokens; use mesh.sequence=1 to generate.")
+
+
 class SoftmaxAttention(Mixer):
     """Canonical causal attention: no gate, no biases, no normalisation of q and k; see `Mixer` for the arguments."""
 
@@ -109,25 +120,25 @@ class SoftmaxAttention(Mixer):
 
     def mix(self, x: jax.Array, documents: Documents, memory: KVCache | KVBlock | None) -> tuple[jax.Array, Any]:
         """As in `Mixer.mix`; a cache must have room for the tokens."""
-        if memory is not None and is_split("T"):
-            raise NotImplementedError("a cache of keys cannot be split over tokens; use mesh.sequence=1 to generate.")
-        projected = self.query(x), self.key(x), self.value(x)
+        refuse_split_cache(memory)
         heads, specs = spec("B", "T", "H"), self._specs(memory)
-        core = on_shards(self._attend, ((heads,) * 3, documents.specs(), specs), (heads, specs))
-        o, memory = core(projected, documents, memory)
+        core = on_shards(self._core, ((heads,) * 3, documents.specs(), specs), (heads, specs))
+        o, memory = core((self.query(x), self.key(x), self.value(x)), documents, memory)
         return self.output(o), memory
 
-    def _attend(self, projected, documents: Documents, memory):
-        """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
-        B, T, _ = projected[0].shape
+    def _core(self, projected, documents: Documents, memory):
+        """What `_attend` returns of the three projections, for any of the heads."""
         q, k, v = projected
+        return self._attend(HeadInputs(q), HeadInputs(k), v, documents, memory)
+
+    def _attend(self, query: HeadInputs, key: HeadInputs, value: jax.Array, documents: Documents, memory):
+        """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
+        B, T, _ = value.shape
         q, k = (
-            prepare_heads(
-                HeadInputs(y, rotary=documents.rotary), Preparation(self.config.head_dim), backend=self.backend
-            )
-            for y in (q, k)
+            prepare_heads(y._replace(rotary=documents.rotary), Preparation(self.config.head_dim), backend=self.backend)
+            for y in (query, key)
         )
-        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in (q, k, v))
+        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in (q, k, value))
         if memory is None and is_split("T"):
             o = sharded_softmax_attention(q, k, v, documents.positions, "sequence")
         elif memory is None:
@@ -182,22 +193,22 @@ class SoftmaxAttention(Mixer):
 
     def init_memory(
         self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
-    ) -> KVCache:
+    ) -> Any:
         """An empty cache in `dtype`; it holds no state of fixed size."""
         empty = jnp.zeros((1, batch_size, self.config.num_heads, max_tokens, self.config.head_dim), dtype)
         return KVCache(empty, empty, jnp.zeros(batch_size, jnp.int32))
 
-    def memory_specs(self, *lead: str) -> KVCache:
-        return KVCache(spec("L", "B", "H"), spec("L", "B", "H"), spec(*lead, "B"))
+    def memory_specs(self, *lead: str) -> Any:
+        return _cache_specs(*lead)
 
     def _specs(self, memory):
         """How the memory of a call is split."""
         if isinstance(memory, KVBlock):
             tokens = spec("B", None, "H")
-            return KVBlock(self.memory_specs("L"), tokens, tokens, spec(), spec())
-        return memory and self.memory_specs().replace(layer=None if memory.layer is None else spec())
+            return KVBlock(_cache_specs("L"), tokens, tokens, spec(), spec())
+        return memory and _cache_specs().replace(layer=None if memory.layer is None else spec())
 
-    def open_block(self, stack: KVCache, size: int, dtype: jnp.dtype) -> KVBlock:
+    def open_block(self, stack: Any, size: int, dtype: jnp.dtype) -> Any:
         layers, B, H, _, R = stack.k.shape
         empty = jnp.zeros((layers, B, size, H, R), dtype)
         return KVBlock(stack, empty, empty, jnp.zeros(layers, jnp.int32))
