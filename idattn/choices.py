@@ -26,7 +26,8 @@ PEERS: Mapping[str, str] = {  # linear attention with gates, to compare with
     "mamba2": "idattn.nn.mamba2:Mamba2",
     "gated_deltanet": "idattn.nn.gated_deltanet:GatedDeltaNet",
 }
-CONTROLS: Mapping[str, str] = {  # the study's baseline with a part of the paper's layer, to tell what the part is worth
+CONTROLS: Mapping[str, str] = {  # what a part of the paper's layer is worth without the others
+    "linear": "idattn.nn.linear:LinearAttention",
     "softmax_conv": "idattn.nn.softmax_conv:ConvolvedSoftmaxAttention",
 }
 MIXERS: Mapping[str, str] = {**CELLS, "ideal": "idattn.nn.ideal:IdealAttention", **PEERS, **CONTROLS}

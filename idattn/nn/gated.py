@@ -1,4 +1,4 @@
-"""What the mixers with states of gated linear attention share: GLA, Mamba-2 and Gated DeltaNet."""
+"""What the mixers with states of (gated) linear attention share: GLA, Mamba-2, Gated DeltaNet, plain attention."""
 
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple

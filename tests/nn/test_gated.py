@@ -1,4 +1,4 @@
-"""The mixers GLA, Mamba-2 and Gated DeltaNet against their definitions in NumPy, and what they cost."""
+"""GLA, Mamba-2, Gated DeltaNet and linear attention against their definitions in NumPy, and what they cost."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from idattn.costs import count_parameters, forward_flops_per_token, state_size
 from idattn.sharding import make_mesh
 
 B, T, D, H, E, R = 2, 11, 12, 2, 6, 20
+GATED = (*PEERS, "linear")
 
 
 def make_mixer(name, **ssm):
@@ -36,7 +37,7 @@ def softplus(x):
 
 
 @pytest.mark.parametrize("output_gate", [True, False])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", GATED)
 def test_mixers_equal_their_definition(name, output_gate):
     """The whole mixer around the oracle's recurrence, for parameters that are all away from their start."""
     mixer, x = make_mixer(name, output_gate=output_gate), inputs(T)
@@ -68,8 +69,10 @@ def test_mixers_equal_their_definition(name, output_gate):
         o = o + core["skip"][:, None] * v
     else:
         q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
-        case["log_decays"] = -(np.exp(core["a_log"]) * softplus(projected["decay"] + core["step_bias"]))[..., None]
-        case["gains"] = 1 / (1 + np.exp(-projected["gain"]))
+        case["log_decays"] = np.zeros((B, T, H, 1))
+        if name == "gated_deltanet":
+            case["log_decays"] = -(np.exp(core["a_log"]) * softplus(projected["decay"] + core["step_bias"]))[..., None]
+            case["gains"] = 1 / (1 + np.exp(-projected["gain"]))
         o, _ = oracles.gated_forward(case | {"q": q, "k": k, "v": v})
     gate = silu(projected["gate"]).reshape(o.shape) if output_gate else 1.0
     o = o * gate if name == "mamba2" else o
@@ -84,7 +87,7 @@ def test_costs_by_hand():
     D, H, R = 512, 8, 64
     ssm = SSMConfig(num_modes=16, output_gate=True)
     sizes = dict(vocab_size=1000, model_dim=D, num_layers=2, num_heads=H, mlp_dim=512, ssm=ssm)
-    models = {name: ModelConfig(mixers=(name,), **sizes) for name in (*PEERS, "interdomain")}
+    models = {name: ModelConfig(mixers=(name,), **sizes) for name in (*GATED, "interdomain")}
     for name, model in models.items():
         assert state_size(model, name, 100) == D * R
     shared = 2 * D * D + D * D + 4 * D + D + R  # value, gate and output, the values' convolution, the norm
@@ -93,6 +96,7 @@ def test_costs_by_hand():
         "gla": shared + heads + 16 * D + 16 * D + D,
         "mamba2": shared + 2 * (D * R + 5 * R) + D * H + 3 * H,
         "gated_deltanet": shared + heads + 2 * D * H + 2 * H,
+        "linear": shared + heads,
     }
     for name, count in mixers.items():
         parts = count_parameters(models[name])
@@ -101,12 +105,13 @@ def test_costs_by_hand():
         "gla": 2 * (5 * D * D + 2 * 16 * D) + 2 * 4 * 3 * D + 5 * D * R,
         "mamba2": 2 * (3 * D * D + 2 * D * R + D * H) + 2 * 4 * (2 * R + D) + 5 * D * R,
         "gated_deltanet": 2 * (5 * D * D + 2 * D * H) + 2 * 4 * 3 * D + 7 * D * R,
+        "linear": 2 * 5 * D * D + 2 * 4 * 3 * D + 4 * D * R,
     }
     for name, count in flops.items():
         assert forward_flops_per_token(models[name], 100) == 2 * (count + 6 * D * 512) + 2 * D * 1000
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", GATED)
 def test_options_of_states_are_refused(name):
     for ssm in (SSMConfig(heads_per_kv=2), SSMConfig(core="clock"), SSMConfig(write="delta")):
         with pytest.raises(ValueError, match="must be 1, 'fixed' and 'add'"):

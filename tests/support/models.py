@@ -14,7 +14,7 @@ V = 64
 HYBRID = ("interdomain", "softmax", "s4d")
 MIXERS = [
     ("interdomain",), ("softmax",), ("s4d",), ("single_query",), ("dual_linear",), ("ideal",),
-    ("gla", "mamba2", "gated_deltanet"), ("softmax_conv",),
+    ("gla", "mamba2", "gated_deltanet"), ("softmax_conv", "linear"),
 ]  # fmt: skip
 
 

@@ -95,6 +95,7 @@ GROUPS = {
     "gla": (GATED[0] | matrices("decay_rank", "decay"), GATED[1] | {"mixer.core.decay_bias"}, set()),
     "mamba2": (GATED[0] | matrices("step"), GATED[1] | STEPS | {"mixer.core.skip"}, set()),
     "gated_deltanet": (GATED[0] | matrices("decay", "gain"), GATED[1] | STEPS, set()),
+    "linear": (*GATED, set()),
     "softmax_conv": (GATED[0], GATED[1] - {"mixer.core.norm.scale"}, set()),
 }
 
