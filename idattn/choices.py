@@ -27,6 +27,8 @@ PEERS: Mapping[str, str] = {  # linear attention with gates, to compare with
     "gated_deltanet": "idattn.nn.gated_deltanet:GatedDeltaNet",
 }
 CONTROLS: Mapping[str, str] = {  # what a part of the paper's layer is worth without the others
+    "dual_linear_norope": "idattn.nn.interdomain:DualLinearNoRope",
+    "single_query_norope": "idattn.nn.interdomain:SingleQueryNoRope",
     "linear": "idattn.nn.linear:LinearAttention",
     "softmax_conv": "idattn.nn.softmax_conv:ConvolvedSoftmaxAttention",
 }

@@ -41,9 +41,12 @@ def test_published_parameter_counts(scale, mixer):
     assert counts["embedding"] == counts["head"]
 
 
-@pytest.mark.parametrize("mixer", ["interdomain_norope", "s4d_rope"])
+@pytest.mark.parametrize("mixer", ["interdomain_norope", "s4d_rope", "dual_linear_norope", "single_query_norope"])
 def test_rope_has_no_parameters(mixer):
-    assert count_parameters(config_of("125M", mixer).model)["total"] == PARAMETERS["125M", mixer.split("_")[0]]
+    assert (
+        count_parameters(config_of("125M", mixer).model)["total"]
+        == PARAMETERS["125M", mixer.removesuffix("_norope").removesuffix("_rope")]
+    )
 
 
 def test_parts_at_125m():

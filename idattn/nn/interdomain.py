@@ -2,9 +2,11 @@
 
 mixer          input of the state   readout   RoPE on
 interdomain    [xi(k), v]           queries   q, k      (interdomain_norope: -)
-single_query   [a, b]               queries   q, a
-dual_linear    [xi(k), v]           linear    k
+single_query   [a, b]               queries   q, a      (single_query_norope: -)
+dual_linear    [xi(k), v]           linear    k         (dual_linear_norope: -)
 s4d            [a, b]               linear    -         (s4d_rope: a)
+
+The two corners of this cube that the paper does not train are single_query_norope and dual_linear_norope.
 """
 
 from flax import nnx
@@ -119,10 +121,22 @@ class SingleQuery(SSMMixer):
     feature_map, readout, rope = False, QueryReadout(), True
 
 
+class SingleQueryNoRope(SingleQuery):
+    """`SingleQuery` without rotary positions."""
+
+    rope = False
+
+
 class DualLinear(SSMMixer):
     """Keys and values in the state, and a learned linear readout."""
 
     feature_map, readout, rope = True, LinearReadout(), True
+
+
+class DualLinearNoRope(DualLinear):
+    """`DualLinear` without rotary positions."""
+
+    rope = False
 
 
 class S4D(SSMMixer):

@@ -11,7 +11,7 @@ from support import oracles
 from support.helpers import assert_close
 from support.moving_average import MovingAverage
 
-from idattn.choices import CELLS, MIXERS, find_mixer
+from idattn.choices import MIXERS, find_mixer
 from idattn.config import ComputeConfig, IdealConfig, ModelConfig, SSMConfig
 from idattn.nn import InterdomainAttention, LanguageModel, SSMMixer
 
@@ -51,7 +51,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("name", [name for name in CELLS if name != "softmax"])
+@pytest.mark.parametrize("name", [name for name in MIXERS if issubclass(find_mixer(name), SSMMixer)])
 @pytest.mark.parametrize("gate", [False, True])
 def test_ssm_mixers_equal_their_definition(name, gate):
     """The whole mixer in numpy, around the oracle's recurrence."""

@@ -98,6 +98,8 @@ GROUPS = {
     "linear": (*GATED, set()),
     "softmax_conv": (GATED[0], GATED[1] - {"mixer.core.norm.scale"}, set()),
 }
+for name in ("dual_linear", "single_query"):
+    GROUPS[f"{name}_norope"] = GROUPS[name]
 
 
 def abstract_model(*mixers, **changes):

@@ -222,7 +222,8 @@ def test_skips_as_many_not_finite_steps_as_it_may():
     assert (int(metrics["not_finite"]), int(state["step"])) == (3, 5)
 
 
-ALIKE = ("interdomain_norope", "s4d_rope", "dual_linear")  # made of what the others are made of
+# Made of what the others are made of.
+ALIKE = ("interdomain_norope", "s4d_rope", "dual_linear", "dual_linear_norope", "single_query_norope")
 
 
 @pytest.mark.parametrize("mixer", [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in MIXERS])
