@@ -33,7 +33,8 @@ class SSMConfig:
 
     num_modes: int = 64  # M, basis functions of the state [P]
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
-    conv_width: int = 4  # taps of the causal depthwise convolutions [P]
+    conv_width: int = 4  # taps of the causal depthwise convolutions [P]; 0 for none
+    input_norms: bool = True  # eq. 12 [P]; False: the state reads xi(k) and v, or a and b, as they are
     core: str = "fixed"  # or "clock", Delta times exp of a bounded projection of the token; interdomain only
     write: str = "add"  # or "delta" or "damped", values correct what the state answers to their key; interdomain only
     readout: str = "transpose"  # Re of xi(q)^T U^T Gamma; or "hermitian", "real" [O]
@@ -49,10 +50,13 @@ class SSMConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_at_least(self, 1, "num_modes", "heads_per_kv", "conv_width")
+        check_at_least(self, 1, "num_modes", "heads_per_kv")
+        check_at_least(self, 0, "conv_width")
         check_positive(self, "c_init_scale", "delta_min")
         if not self.delta_min <= self.delta_max:
             raise ValueError(f"delta_min={self.delta_min} must not exceed delta_max={self.delta_max}.")
+        if self.norm_bias_init and not self.input_norms:
+            raise ValueError(f"norm_bias_init={self.norm_bias_init} needs input_norms, whose biases start there.")
         check_choice("core", self.core, CORES)
         check_choice("write", self.write, WRITES)
         check_choice("readout", self.readout, READOUTS)

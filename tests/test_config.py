@@ -116,7 +116,9 @@ SSM, IDEAL, MODEL, DATA, OPTIM, TRAIN, COMPUTE = (
     SSMConfig(), IdealConfig(), ModelConfig.tiny(), CONFIG.data, CONFIG.optim, CONFIG.train, CONFIG.compute
 )  # fmt: skip
 BROKEN = [
-    *at_least(SSM, 1, "num_modes", "heads_per_kv", "conv_width"),
+    *at_least(SSM, 1, "num_modes", "heads_per_kv"),
+    *at_least(SSM, 0, "conv_width"),
+    (SSM, {"norm_bias_init": 1.0, "input_norms": False}, "norm_bias_init=1.0 needs input_norms, whose biases start "),
     *positive(SSM, "c_init_scale", "delta_min"),
     (SSM, {"delta_min": 0.5, "delta_max": 0.25}, "delta_min=0.5 must not exceed delta_max=0.25."),
     unknown(SSM, "core", "clok", "clock"),
@@ -229,7 +231,7 @@ def test_elements_of_tuples_are_of_their_type():
 
 def test_the_bounds_themselves_are_valid():
     assert dataclasses.replace(MODEL, mixers=("s4d",), num_heads=4).head_dim == 3  # odd heads, no rotary positions
-    assert SSMConfig(delta_min=0.1, delta_max=0.1, num_modes=1, conv_width=1).num_modes == 1
+    assert SSMConfig(delta_min=0.1, delta_max=0.1, num_modes=1, conv_width=0).num_modes == 1
     assert OptimConfig(peak_lr=1.0, warmup_steps=0, final_lr=0.0, weight_decay=0.0, b1=0.0, b2=0.0).b1 == 0
     assert dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0, warmup_steps=9)).optim.warmup_steps == 9
     assert dataclasses.replace(TRAIN, accumulation=6, keep_best=0).accumulation == 6
@@ -269,6 +271,14 @@ def test_from_config_dict_names_key_and_path(changes, message):
     assert from_config_dict(nested()) == CONFIG
     with pytest.raises(ValueError, match=re.escape(message)):
         from_config_dict(nested(**changes))
+
+
+def test_configs_stored_before_a_setting_was_there():
+    values = nested()
+    for name in ("input_norms", "a_init", "core", "write"):
+        del values["model"]["ssm"][name]
+    assert from_config_dict(values) == CONFIG
+    assert from_config_dict(values).identity() == CONFIG.identity()
 
 
 def test_missing_key():

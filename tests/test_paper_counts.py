@@ -1,12 +1,13 @@
 """The sizes that the paper publishes, from the shapes of the real module: exact, or the model is another one."""
 
+import dataclasses
 import math
 
 import pytest
 
 from configs.paper import get_config
 from idattn.choices import CELLS, CONTROLS, MIXERS, PEERS
-from idattn.config import Config, from_config_dict
+from idattn.config import Config, SSMConfig, from_config_dict
 from idattn.costs import count_parameters, describe, forward_flops_per_token, state_size, training_flops_per_token
 
 # Table 3, and the two ends of the range that section 4 states at 125M.
@@ -110,6 +111,17 @@ def test_ideal_by_hand():
     assert forward_flops_per_token(model, 4096) == 12 * (layer + 6 * 768 * 2048) + 2 * 768 * 32_000
     cells = {"interdomain", "interdomain_norope", "softmax", "single_query", "s4d", "s4d_rope", "dual_linear"}
     assert set(CELLS) == cells == set(MIXERS) - {"ideal", *PEERS, *CONTROLS}  # which are none of the study's seven
+
+
+def test_less_of_the_layer_by_hand():
+    """No convolutions: neither taps nor biases; no input norms: neither their scales nor their biases."""
+    model = config_of("125M", "interdomain").model
+    less = dataclasses.replace(model, ssm=SSMConfig(conv_width=0, input_norms=False))
+    convolutions, norms = 2 * 5 * 768, 2 * 64 + 2 * 768
+    assert count_parameters(less)["total"] == PARAMETERS["125M", "interdomain"] - 12 * (convolutions + norms)
+    assert state_size(less, "interdomain", 1) == state_size(model, "interdomain", 1)
+    taps = 12 * 2 * 2 * 4 * 768
+    assert forward_flops_per_token(less, 1) == forward_flops_per_token(model, 1) - taps
 
 
 def test_softmax_with_convolutions_by_hand():

@@ -26,7 +26,7 @@ class AdaptiveCore(SSMCore):
     @classmethod
     def has_key_norm(cls, config: ModelConfig) -> bool:
         """Keys that correct are xi(k), unit vectors as the queries are, which then read what was written."""
-        return config.ssm.write == "add"
+        return config.ssm.write == "add" and super().has_key_norm(config)
 
     def _attend(
         self,

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents
-from idattn.nn.layers import Linear, RMSNorm, ShortConv
+from idattn.nn.layers import Linear, RMSNorm, ShortConv, check_convolved
 from idattn.nn.mixer import Memory, Mixer
 from idattn.ops.prepare import Preparation
 from idattn.sharding import is_split, on_shards, param_specs, spec
@@ -191,7 +191,8 @@ class GatedMixer(Mixer):
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise a ValueError where heads are to share a state, or the state is to have another clock or write."""
+        """Raise a ValueError where heads share a state, the state has another clock or write, or nothing convolves."""
+        check_convolved(config, cls.__name__)
         ssm = config.ssm
         if ssm.heads_per_kv > 1 or (ssm.core, ssm.write) != ("fixed", "add"):
             raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from idattn.config import SSMConfig
+from idattn.config import ModelConfig, SSMConfig
 from idattn.nn.documents import Documents, halo
 from idattn.ops import Basis, Segments
 from idattn.ops.discretize import frequencies
@@ -125,6 +125,12 @@ class ShortConv(nnx.Module):
         last_run = jnp.where(segments.last < 0, 0, segments.run[rows[:, 0], jnp.maximum(segments.last, 0)])
         is_input = (run == last_run[:, None]) & (in_x if tail is None else True)
         return jnp.where(is_input[..., None], inputs, 0)
+
+
+def check_convolved(config: ModelConfig, mixer: str) -> None:
+    """Raise a ValueError where a mixer that always has convolutions is to have none."""
+    if config.ssm.conv_width < 1:
+        raise ValueError(f"conv_width={config.ssm.conv_width} must be at least 1 for {mixer}, which convolves.")
 
 
 class StateBasis(nnx.Module):

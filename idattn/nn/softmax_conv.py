@@ -8,7 +8,7 @@ from flax import nnx
 
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents
-from idattn.nn.layers import ShortConv
+from idattn.nn.layers import ShortConv, check_convolved
 from idattn.nn.mixer import Memory
 from idattn.nn.softmax import SoftmaxAttention, refuse_split_cache
 from idattn.ops import prepare_heads
@@ -111,6 +111,12 @@ class ConvolvedSoftmaxAttention(SoftmaxAttention):
 
     def open_block(self, stack: Any, size: int, dtype: jnp.dtype) -> Any:
         return ConvCache(super().open_block(stack.cache, size, dtype), stack.tails)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise a ValueError where rotary positions do not fit the heads, or there are no convolutions."""
+        super().check(config)
+        check_convolved(config, cls.__name__)
 
     @classmethod
     def flops(cls, config: ModelConfig, context: int) -> int:

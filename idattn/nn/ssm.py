@@ -81,8 +81,8 @@ class SSMCore(nnx.Module):
       mixer: the class, for its `feature_map` and `readout`.
       rope: rotary positions on the queries and on the first input of the state.
       compute: backend, chunk size.
-      **parts: `key_conv`, `key_norm`, `value_norm`, `basis`, and where the mixer has them `value_conv`, `query_conv`
-        and `c_out`.
+      **parts: `basis`, and as the mixer and its options have them `key_conv`, `value_conv`, `query_conv`, `key_norm`,
+        `value_norm` and `c_out`.
     """
 
     key_norm: HeadNorm
@@ -107,7 +107,7 @@ class SSMCore(nnx.Module):
     @classmethod
     def has_key_norm(cls, config: ModelConfig) -> bool:
         """Whether keys are normalised by eq. 12."""
-        return True
+        return config.ssm.input_norms
 
     def __call__(
         self,
@@ -126,7 +126,8 @@ class SSMCore(nnx.Module):
         inputs, after = self._inputs(projected, documents, memory, axis)
         norm = self.key_norm if self.has_key_norm(self.config) else None
         k = self._prepare(inputs["key"], documents, rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
-        v = self._prepare(inputs["value"], documents, norm=self.value_norm)  # eq. 12
+        norm = self.value_norm if self.config.ssm.input_norms else None
+        v = self._prepare(inputs["value"], documents, norm=norm)  # eq. 12
         q = None
         if self.readout.by_query:
             q = self._prepare(inputs["query"], documents, rotate=self.rope, mapped=True)  # eq. 10
@@ -231,19 +232,25 @@ class SSMMixer(Mixer):
         def norm() -> HeadNorm:
             return HeadNorm(G, R, eps=config.norm_eps, bias_init=ssm.norm_bias_init)
 
-        # The order matters, since each part takes random numbers from the same stream.
         parts: dict[str, Any] = {}
+
+        def convolve(name: str, width: int, dim: str) -> None:
+            if ssm.conv_width:
+                parts[f"{name}_conv"] = ShortConv(width, ssm.conv_width, dim, rngs=rngs)
+
+        # The order matters, since each part takes random numbers from the same stream.
         self.key = projection(G * R, "G")  # k, or a
-        parts["key_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+        convolve("key", G * R, "G")
         self.value = projection(G * R, "G")  # v, or b
         if not self.feature_map:
-            parts["value_conv"] = ShortConv(G * R, ssm.conv_width, "G", rngs=rngs)
+            convolve("value", G * R, "G")
         core = self.core_type(config)
         parts |= {"key_norm": norm()} if core.has_key_norm(config) else {}
-        parts |= {"value_norm": norm(), "basis": StateBasis(G, ssm, rngs=rngs)}
+        parts |= {"value_norm": norm()} if ssm.input_norms else {}
+        parts["basis"] = StateBasis(G, ssm, rngs=rngs)
         if self.readout.by_query:
             self.query = projection(D, "H")
-            parts["query_conv"] = ShortConv(D, ssm.conv_width, "H", rngs=rngs)
+            convolve("query", D, "H")
         else:
             c_out = ssm.num_modes**-0.5 * jax.random.normal(rngs.params(), (G, ssm.num_modes))
             parts["c_out"] = param(c_out, "G", "M", group="ssm")

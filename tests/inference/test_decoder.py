@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.helpers import assert_close
 from support.models import HYBRID, MIXERS, V, make_model, next_log_probs
 
+from idattn.config import SSMConfig
 from idattn.inference import Decoder, right_pad
 
 T, D = 21, 16
@@ -69,6 +70,21 @@ def test_pieces_are_the_whole(both):
     np.testing.assert_array_equal(again, written[[2, 0, 0]])
     other, _ = write(decoder, decoder.prefill((TOKENS + 1) % V, LENGTHS), N)
     assert (other != written).any(axis=1).all()
+
+
+LESS = dict(conv_width=0, input_norms=False)
+
+
+@pytest.mark.parametrize("options", [LESS], ids=str)
+def test_options_of_the_layer_in_a_block(options):
+    """Tokens that are decoded in blocks have the log-probabilities of one pass."""
+    ssm = SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0, **options)
+    model = make_model("interdomain", ssm=ssm)
+    decoder = Decoder(model, chunk_size=8, block_size=4)
+    written, context = write(decoder, decoder.prefill(*right_pad(RAGGED)), N)
+    for b in range(len(RAGGED)):
+        whole = next_log_probs(model, np.concatenate([RAGGED[b], written[b]]))
+        assert_close(jax.nn.log_softmax(logits(decoder, context)[b]), whole[-1], "float32", reduction=(T + N) * D)
 
 
 @pytest.fixture(scope="module")

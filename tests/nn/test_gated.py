@@ -118,6 +118,12 @@ def test_options_of_states_are_refused(name):
             ModelConfig.tiny(name, ssm=ssm)
 
 
+@pytest.mark.parametrize("name", [*GATED, "softmax_conv"])
+def test_convolutions_are_not_left_out(name):
+    with pytest.raises(ValueError, match="conv_width=0 must be at least 1 for .*, which convolves"):
+        ModelConfig.tiny(name, ssm=SSMConfig(conv_width=0))
+
+
 @pytest.mark.usefixtures("eight_devices")
 def test_tokens_are_not_split():
     mixer = make_mixer("gla")

@@ -25,8 +25,9 @@ def make_mixer(name, **ssm):
     config = ModelConfig.tiny(name, init_std=std, ssm=SSMConfig(num_modes=5, **ssm), ideal=ideal)
     mixer = find_mixer(name)(config, residual_std=0.5, compute=COMPUTE, rngs=nnx.Rngs(1))
     if isinstance(mixer, SSMMixer):
-        for norm in (mixer.core.key_norm, mixer.core.value_norm):
-            norm.bias[...] = jax.random.normal(jax.random.key(3), norm.bias.shape)
+        for norm in ("key_norm", "value_norm") if mixer.config.ssm.input_norms else ():
+            bias = getattr(mixer.core, norm).bias
+            bias[...] = jax.random.normal(jax.random.key(3), bias.shape)
     return mixer
 
 
@@ -51,17 +52,29 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if issubclass(find_mixer(name), SSMMixer)])
-@pytest.mark.parametrize("gate", [False, True])
-def test_ssm_mixers_equal_their_definition(name, gate):
+SSM_MIXERS = [name for name in MIXERS if issubclass(find_mixer(name), SSMMixer)]
+LESS = ({"conv_width": 0}, {"input_norms": False})  # of the layer
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"output_gate": gate}) for name in SSM_MIXERS for gate in (False, True)),
+        *((name, options) for name in ("interdomain", "single_query", "dual_linear") for options in LESS),
+    ],
+    ids=str,
+)
+def test_ssm_mixers_equal_their_definition(name, options):
     """The whole mixer in numpy, around the oracle's recurrence."""
-    mixer, x, kind = make_mixer(name, output_gate=gate), inputs(), find_mixer(name)
+    mixer, x, kind = make_mixer(name, **options), inputs(), find_mixer(name)
     state = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
     state |= state.pop("core")
     z = np.asarray(x, np.float64)
     positions = np.arange(T)[:, None, None]
 
     def convolve(name, y):
+        if f"{name}_conv" not in state:
+            return y
         taps, padded = state[f"{name}_conv"]["taps"], np.concatenate([np.zeros((B, 3, y.shape[-1])), y], 1)
         return state[f"{name}_conv"]["bias"] + sum(taps[i] * padded[:, i : i + T] for i in range(4))
 
@@ -76,11 +89,13 @@ def test_ssm_mixers_equal_their_definition(name, gate):
         return y
 
     def normalise(name, y):
+        if name not in state:
+            return y
         return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * state[name]["scale"] + state[name]["bias"]
 
     key = convolve("key", z @ state["key"]["weight"])
     value = z @ state["value"]["weight"]
-    value = value if kind.feature_map else convolve("value", value)
+    value = convolve("value", value)
     k = normalise("key_norm", prepare(key, kind.feature_map))
     v = normalise("value_norm", value.reshape(B, T, 2, 6))
     basis = state["basis"]
@@ -92,7 +107,7 @@ def test_ssm_mixers_equal_their_definition(name, gate):
     else:
         o, _ = oracles.linear_forward(case | {"z": np.concatenate([k, v], -1), "c_out": state["c_out"]})
     o = o.reshape(B, T, -1)
-    if gate:
+    if mixer.gate is not None:
         o = silu(z @ state["gate"]["weight"]) * o
     y, _ = run(mixer, x)
     assert_close(y, o @ state["output"]["weight"], "float32", reduction=T * D)
@@ -133,6 +148,8 @@ SSM_OPTIONS = [
     {"rope_position": "after"},
     {"output_gate": True},
     {"conv_width": 1},
+    *LESS,
+    {"write": "delta", "input_norms": False},
     {"norm_bias_init": 1.0},
 ]
 
