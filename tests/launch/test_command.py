@@ -68,7 +68,7 @@ def test_help_of_a_program():
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--version"], ["export", "--help"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["schedule", "--help"]])
 def test_a_reader_may_close_its_end_of_the_pipe(arguments, unbuffered):
     """As in `idattn | head`: no traceback, and the status that a shell gives for SIGPIPE."""
     read, write = os.pipe()

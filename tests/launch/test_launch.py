@@ -1,4 +1,7 @@
-"""The entry points as users start them: `python -m launch.NAME` with values changed on the command line."""
+"""The entry points as users start them: `python -m launch.NAME` with values changed on the command line.
+
+The first run has a process of its own; the others are in this one.
+"""
 
 import json
 import math
@@ -7,23 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from support.programs import run_program
 from support.runs import ROOT, TINY
 
 from idattn.cli.train import profile_window
 from idattn.train.metrics import read_metrics
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A function that runs an entry point and returns the finished process; they share compiled programs."""
-    cache = tmp_path_factory.mktemp("cache")
-    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-    def run(name, *arguments):
-        command = [sys.executable, "-m", f"launch.{name}", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=180)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +25,12 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(start, corpus, tmp_path_factory):
+def trained(corpus, tmp_path_factory):
     """(finished process, workdir) of a run of three steps."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    return start("train", *TINY, f"--config.data.source={corpus}", f"--workdir={workdir}"), workdir
+    command = [sys.executable, "-m", "launch.train", *TINY, f"--config.data.source={corpus}", f"--workdir={workdir}"]
+    settings = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=180), workdir
 
 
 def test_train(trained):
@@ -61,16 +54,16 @@ def test_profile_windows(values):
     assert profile_window(["10", " 15"]) == (10, 15)
 
 
-def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
+def test_train_again_and_from_weights(trained, corpus, tmp_path):
     _, workdir = trained
     arguments = [*TINY, f"--config.data.source={corpus}"]
-    again = start("train", *arguments, f"--workdir={workdir}", "--config.train.sample_prompt=")
+    again = run_program("train", *arguments, f"--workdir={workdir}", "--config.train.sample_prompt=")
     assert again.returncode == 0, again.stderr
     assert f"resumed {workdir} at step 3\n" in again.stdout
-    other = start("train", *arguments, f"--workdir={workdir}", "--config.optim.peak_lr=0.5")
+    other = run_program("train", *arguments, f"--workdir={workdir}", "--config.optim.peak_lr=0.5")
     assert other.returncode == 2
     assert other.stderr.count("\n") == 1 and "optim.peak_lr: 0.003 there, 0.5 now" in other.stderr
-    fresh = start(
+    fresh = run_program(
         "train", *arguments, f"--workdir={tmp_path / 'new'}", f"--init_from={workdir}", "--profile=2,3",
         "--config.train.sample_prompt=",
     )  # fmt: skip
@@ -81,18 +74,18 @@ def test_train_again_and_from_weights(start, trained, corpus, tmp_path):
     assert len(list((tmp_path / "new" / "profile").rglob("*.xplane.pb"))) == 1
 
 
-def test_data(start, tmp_path):
+def test_data(tmp_path):
     """Text to a prepared folder, its inspection, training on it, and the perplexity of what was held out."""
     rows = [{"text": f"document {number} says it again; " * 20} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder, workdir = tmp_path / "folder", tmp_path / "run"
     command = [f"--source={tmp_path / 'rows.jsonl'}", "--tokenizer=bytes", f"--out={folder}", "--validation=0.4"]
-    first, second = (start("prepare_data", *command, "--unit_mb=1", f"--part={number}/2") for number in (1, 0))
+    first, second = (run_program("prepare_data", *command, "--unit_mb=1", f"--part={number}/2") for number in (1, 0))
     assert first.stdout == f"part 1/2 is done; {folder} misses units of other parts\n", first.stderr
     assert second.stdout.startswith(f"{folder} is complete: "), second.stderr
     settings = second.stdout.splitlines()[1].removeprefix("to train on it: ").replace("'", "").split()
 
-    seen = start("inspect_data", folder, "--sample_tokens=40")
+    seen = run_program("inspect_data", folder, "--sample_tokens=40")
     assert seen.returncode == 0, seen.stderr
     assert "2 shards verified" in seen.stdout and "--- document of the split number 0 ---\ndocument " in seen.stdout
     shard = folder / "train-00000.arrayrecord"
@@ -100,7 +93,7 @@ def test_data(start, tmp_path):
 
     tiny = [flag for flag in TINY if not any(name in flag for name in ("holdout", "eval_batches", "sample"))]
     tiny.append("--config.train.sample_prompt=")  # `test_train` shows one
-    done = start("train", *tiny, *settings, f"--workdir={workdir}")
+    done = run_program("train", *tiny, *settings, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"validation loss on the validation documents of {folder}, nats per token\n  1-gram" in done.stdout
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +101,7 @@ def test_data(start, tmp_path):
     assert all(0 < 2 * row["step"] / windows < row["epoch"] for row in metrics if "epoch" in row)
     assert [row["step"] for row in metrics if "epoch" in row] == [1, 2, 3]
 
-    done = start("evaluate", f"--checkpoint={workdir}", "--tasks=perplexity", f"--out={tmp_path / 'evals'}")
+    done = run_program("evaluate", f"--checkpoint={workdir}", "--tasks=perplexity", f"--out={tmp_path / 'evals'}")
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "evals" / "results.json").read_text())["tasks"]["perplexity"]
     held_out = [
@@ -127,20 +120,20 @@ def test_data(start, tmp_path):
     assert f"| perplexity | loss | {loss:.4f} | other setting (1.3B): softmax 2.155, " in done.stdout
 
     shard.write_bytes(data.replace(b"s\0a\0y\0s\0", b"s\0a\0i\0d\0", 1))
-    seen = start("inspect_data", folder)
+    seen = run_program("inspect_data", folder)
     assert seen.returncode == 1
     assert "train-00000.arrayrecord is damaged: " in seen.stdout and "at byte" in seen.stdout
 
 
-def test_generate_and_export(start, trained, tmp_path):
+def test_generate_and_export(trained, tmp_path):
     """`test_generate.py` runs them inside its process; here they start from a run's checkpoint, and from its export."""
     _, workdir = trained
-    assert start("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
+    assert run_program("export", f"--checkpoint={workdir}", f"--out={tmp_path}").returncode == 0
     (loss,) = (row["val_loss"] for row in read_metrics(workdir / "metrics.jsonl") if "val_loss" in row)
     assert f"| validation loss | {loss:.4f} nats per token |\n" in (tmp_path / "README.md").read_text()
     texts = []
     for checkpoint in (workdir / "checkpoints" / "3", tmp_path):
-        done = start("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=ab says", "--seed=5")
+        done = run_program("generate", f"--checkpoint={checkpoint}", "--num_tokens=12", "--prompt=ab says", "--seed=5")
         assert done.returncode == 0, done.stderr
         head, text = done.stdout.split("\n\n", 1)
         assert head == f"{checkpoint}, step 3" and text.startswith("ab says") and len(text) > len("ab says\n")
@@ -166,8 +159,8 @@ def test_generate_and_export(start, trained, tmp_path):
         ("generate", ["--checkpoint=/no/such/run"], ["/no/such/run does not exist"]),
     ],
 )
-def test_errors(start, name, arguments, messages):
-    done = start(name, *arguments)
+def test_errors(name, arguments, messages):
+    done = run_program(name, *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     for message in messages:
@@ -175,8 +168,8 @@ def test_errors(start, name, arguments, messages):
     assert not (ROOT / "x").exists()
 
 
-def test_describe(start):
-    done = start("describe", "--config=configs/paper.py:1.3B,interdomain")
+def test_describe():
+    done = run_program("describe", "--config=configs/paper.py:1.3B,interdomain")
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)
     assert costs["parameters"] == 1352406784 == sum(costs["parameters_by_part"].values())
@@ -184,5 +177,5 @@ def test_describe(start):
     assert costs["context"] == 4096
     assert costs["training_flops_per_token"] == 3 * costs["forward_flops_per_token"] == 3 * 2673606656
     assert costs["bytes"]["parameters"] == 4 * 1352406784
-    shorter = start("describe", "--config=configs/paper.py:1.3B,interdomain", "--config.data.seq_len=2048")
+    shorter = run_program("describe", "--config=configs/paper.py:1.3B,interdomain", "--config.data.seq_len=2048")
     assert json.loads(shorter.stdout)["context"] == 2048

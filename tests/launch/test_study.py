@@ -1,4 +1,4 @@
-"""`launch.study` as users start it: cells in separate processes, failures, a stop in the middle, a second call."""
+"""`launch.study`: cells in separate processes, failures, a stop in the middle, a second call."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.helpers import defined_flags, run_main
+from support.programs import run_program
 
 from idattn.cli import study
 from idattn.study.runner import Runner
@@ -56,22 +57,20 @@ def write_study(folder, conditions, steps):
     return [sys.executable, "-m", "launch.study", f"--config={file}", f"--workdir={folder / 'study'}"]
 
 
-def test_study(settings, tmp_path, capsys):
+def test_study(settings, tmp_path, monkeypatch):
     """One cell that works and one that does not, side by side; then only what is left is done."""
     command = write_study(tmp_path, ["good", "broken"], steps=4)
 
-    def printed(flag):  # by a later call, in this process
-        capsys.readouterr()
-        with defined_flags(study):
-            run_main(study, *command[3:], flag)
-        return capsys.readouterr().out
+    def printed(flag):
+        done = run_program("study", *command[3:], flag)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    planned = subprocess.run(
-        [*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
-    )
-    assert [line.split()[1] for line in planned.stdout.splitlines()] == ["train", "evaluate"] * 2
+    assert [line.split()[1] for line in printed("--dry_run").splitlines()] == ["train", "evaluate"] * 2
 
-    done = subprocess.run([*command, "--jobs=2"], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=240)
+    for name, value in settings.items():  # of the cells' processes
+        monkeypatch.setenv(name, value)
+    done = run_program("study", *command[3:], "--jobs=2")
     assert done.returncode == 0, done.stderr
     assert "tiny,good,1  done, validation loss" in done.stderr + done.stdout
     folder = tmp_path / "study"
@@ -152,8 +151,7 @@ def test_damaged_files_of_a_study_are_named(tmp_path):
             use(cell)
 
 
-def test_no_study(settings, tmp_path):
-    command = [sys.executable, "-m", "launch.study", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+def test_no_study(tmp_path):
+    done = run_program("study", "--config=configs/quickstart.py", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert "configs/quickstart.py has no STUDY; name a config that defines one, such as study_cpu." in done.stderr

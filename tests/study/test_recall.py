@@ -1,19 +1,16 @@
 """configs/study_recall.py: states of equal size, equal numbers of trials, and the study at a tiny size."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from support.programs import run_program
 
 from configs import study_recall
 from idattn.config import from_config_dict
 from idattn.costs import state_size
+from idattn.study.runner import Runner
 
-ROOT = Path(__file__).parents[2]
 TINY = """
 import dataclasses
 
@@ -60,15 +57,22 @@ def test_what_was_tuned_is_taken(monkeypatch):
         study_recall.get_config("32 pairs M=8,dampd,3")
 
 
-def test_the_study_at_a_tiny_size(tmp_path):
-    """Both stages; a second call finds nothing left to do."""
+def test_the_study_at_a_tiny_size(tmp_path, monkeypatch):
+    """Both stages, in this process; a second call finds nothing left to do."""
     (tmp_path / "tiny.py").write_text(TINY)
-    command = [sys.executable, "-m", "launch.study", f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path}"]
-    settings = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "2 of 2 cells." in done.stdout, done.stderr
-    for cell in ("tune,gla+2,1", "8 pairs M=8,clock+damped,1"):
+    runner = Runner(str(tmp_path / "tiny.py"), tmp_path)
+
+    def call(name, arguments, log, lock):
+        done = run_program(name, *arguments)
+        log.write_text(done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(runner, "_call", call)
+    for cell in runner.study.cells:
+        assert runner.finish(cell).startswith("done, validation loss ")
         record = json.loads((tmp_path / "cells" / f"{cell}.json").read_text())
         assert 0 <= record["evaluations"]["mqar"]["metrics"]["2 pairs in 66"] <= 1
-    again = subprocess.run([*command, "--dry_run"], cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
-    assert not again.stdout
+    command = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path}"]
+    again, report = (run_program("study", *command, flag) for flag in ("--dry_run", "--report"))
+    assert (again.returncode, again.stdout) == (0, "")
+    assert report.returncode == 0 and "2 of 2 cells." in report.stdout, report.stderr
