@@ -24,9 +24,10 @@ MESH = MeshConfig(data=1, fsdp=2, sequence=2)  # of two processes each has whole
 def start(tmp_path_factory):
     """A function that starts the run in a folder; compiled programs and digests of rows are shared and stay."""
     folder = tmp_path_factory.mktemp("processes")
-    config = make_config(write_corpus(folder), mesh=MESH)
+    source = write_corpus(folder)
 
-    def run(workdir, processes, **options):
+    def run(workdir, processes, changes=(), **options):
+        config = make_config(source, mesh=MESH, **dict(changes))
         workdir.parent.mkdir(exist_ok=True)
         options |= dict(cache=folder / f"cache-{processes}", rows_log=f"{workdir}-{processes}-")
         return launch(config, workdir, processes=processes, devices=DEVICES // processes, **options)
@@ -38,9 +39,16 @@ def start(tmp_path_factory):
 def reference(start, tmp_path_factory):
     """The folder of a run of two processes that nothing happened to."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
-    outputs = finish(start(workdir, 2))
-    assert all(text in outputs[0] and text not in outputs[1] for text in ("new run in", "loss curves:"))  # one speaks
+    finish(start(workdir, 2))
     return workdir
+
+
+@pytest.fixture(scope="module")
+def short(start, tmp_path_factory):
+    """(outputs, folder) of a run of two processes and two steps, of a model that compiles fast."""
+    workdir = tmp_path_factory.mktemp("short") / "run"
+    changes = dict(mixer="softmax", steps=2, eval_every=2, checkpoint_every=2)
+    return finish(start(workdir, 2, changes)), workdir
 
 
 def rows_read(workdir, processes, index):
@@ -55,9 +63,12 @@ def batches(workdir, processes):
     return [sorted(batch.items()) for batch in merged]
 
 
-def test_every_process_reads_its_share(reference):
+def test_every_process_reads_its_share(short):
     """Two processes read half of each batch each; the tests below find one and four reading the same batches."""
-    shares = [[set(batch) for batch in rows_read(reference, 2, i)] for i in range(2)]
+    outputs, workdir = short
+    assert all(text in outputs[0] and text not in outputs[1] for text in ("new run in", "loss curves:"))  # one speaks
+    shares = [[set(batch) for batch in rows_read(workdir, 2, i)] for i in range(2)]
+    assert len(shares[0]) == 2 + 3  # of the steps and of the evaluation
     assert all(mine == {"0", "1"} and theirs == {"2", "3"} for mine, theirs in zip(*shares, strict=True))
 
 
@@ -122,8 +133,8 @@ def test_killed_in_a_save(start, reference, tmp_path, processes):
     assert batches(workdir, processes) == batches(reference, 2)[4:]
 
 
-def test_a_manifest_names_the_files_of_all_processes(reference):
-    digests = json.loads((reference / "checkpoints" / "12" / MANIFEST).read_text())
+def test_a_manifest_names_the_files_of_all_processes(short):
+    digests = json.loads((short[1] / "checkpoints" / "2" / MANIFEST).read_text())
     assert {f"state/ocdbt.process_{i}" for i in range(2)} <= {"/".join(name.split("/")[:2]) for name in digests}
 
 
