@@ -128,17 +128,17 @@ class SoftmaxAttention(Mixer):
 
     def _core(self, projected, documents: Documents, memory):
         """What `_attend` returns of the three projections, for any of the heads."""
-        q, k, v = projected
-        return self._attend(HeadInputs(q), HeadInputs(k), v, documents, memory)
+        return self._attend([HeadInputs(x) for x in projected], documents, memory)
 
-    def _attend(self, query: HeadInputs, key: HeadInputs, value: jax.Array, documents: Documents, memory):
+    def _attend(self, inputs: list[HeadInputs], documents: Documents, memory):
         """The outputs (B, T, channels) of any of the heads, and the memory; without a cache also for a shard."""
-        B, T, _ = value.shape
-        q, k = (
-            prepare_heads(y._replace(rotary=documents.rotary), Preparation(self.config.head_dim), backend=self.backend)
-            for y in (query, key)
+        B, T, _ = inputs[0].x.shape
+        q, k, v = (
+            prepare_heads(x._replace(rotary=rotary), Preparation(self.config.head_dim), backend=self.backend).reshape(
+                B, T, -1, self.config.head_dim
+            )
+            for x, rotary in zip(inputs, (documents.rotary, documents.rotary, None), strict=True)
         )
-        q, k, v = (y.reshape(B, T, -1, self.config.head_dim) for y in (q, k, value))
         if memory is None and is_split("T"):
             o = sharded_softmax_attention(q, k, v, documents.positions, "sequence")
         elif memory is None:

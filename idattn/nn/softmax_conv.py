@@ -11,8 +11,7 @@ from idattn.nn.documents import Documents
 from idattn.nn.layers import ShortConv, check_convolved
 from idattn.nn.mixer import Memory
 from idattn.nn.softmax import SoftmaxAttention, refuse_split_cache
-from idattn.ops import prepare_heads
-from idattn.ops.prepare import HeadInputs, Preparation
+from idattn.ops.prepare import HeadInputs
 from idattn.sharding import is_split, on_shards, param_specs, spec
 
 CONVOLVED = ("query", "key", "value")
@@ -82,9 +81,8 @@ class ConvolvedSoftmaxAttention(SoftmaxAttention):
 
         def core(params, projected, documents, memory):
             tails, cache = (None, None) if memory is None else (memory.tails, memory.cache)
-            (q, k, v), tails = nnx.merge(graphdef, params)(projected, documents, tails)
-            v = prepare_heads(v, Preparation(self.config.head_dim), backend=self.backend)
-            o, cache = self._attend(q, k, v, documents, cache)
+            inputs, tails = nnx.merge(graphdef, params)(projected, documents, tails)
+            o, cache = self._attend(inputs, documents, cache)
             return o, None if cache is None else ConvCache(cache, tails)
 
         projected = {name: getattr(self, name)(x) for name in CONVOLVED}

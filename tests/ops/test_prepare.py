@@ -133,6 +133,12 @@ def test_composed_in_float64(name):
     helpers.assert_close(actual, expected, "float32", reduction=150)
 
 
+@pytest.mark.parametrize("backend", ["auto", "recurrent", KERNELS], ids=["auto", "recurrent", "kernels"])
+def test_nothing_to_do_is_no_pass(backend):
+    x = jnp.ones((1, 16, 128))
+    assert not jax.make_jaxpr(lambda x: prepare_heads(HeadInputs(x), Preparation(64), backend=backend))(x).eqns
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name):
     judge(KERNELS, name, "float32")
