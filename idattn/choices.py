@@ -11,7 +11,8 @@ READOUTS = ("transpose", "hermitian", "real")
 CORES = ("fixed", "clock")  # whether the steps of a state are alike, or set by the tokens
 WRITES = ("add", "delta", "damped")  # whether values are added to a state, or correct what it answers to their key
 OPTIMIZERS = ("adamw", "muon")
-FEATURES = ("positive", "fourier")  # of the ideal layer
+FEATURES = ("positive", "fourier", "softmax")  # random ones, of the ideal layer
+FEATURE_MAPS = ("silu_l2", "none", "positive", "softmax")  # xi: that of eq. 10, the identity, or random features
 CELLS: Mapping[str, str] = {  # the conditions of the paper's study (section 4), and where their classes are
     "interdomain": "idattn.nn.interdomain:Interdomain",
     "interdomain_norope": "idattn.nn.interdomain:InterdomainNoRope",

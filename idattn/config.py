@@ -15,7 +15,18 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from idattn.checks import check_at_least, check_below, check_positive, check_types
-from idattn.choices import BASES, CORES, FEATURES, MIXERS, OPTIMIZERS, READOUTS, WRITES, check_choice, find_mixer
+from idattn.choices import (
+    BASES,
+    CORES,
+    FEATURE_MAPS,
+    FEATURES,
+    MIXERS,
+    OPTIMIZERS,
+    READOUTS,
+    WRITES,
+    check_choice,
+    find_mixer,
+)
 from idattn.ops.adaptive import check_write
 from idattn.ops.api import AUTO, BACKENDS
 
@@ -34,6 +45,9 @@ class SSMConfig:
     num_modes: int = 64  # M, basis functions of the state [P]
     heads_per_kv: int = 1  # query heads that share one state (H / n_kv); 1 in the paper's scaling runs [P]
     conv_width: int = 4  # taps of the causal depthwise convolutions [P]; 0 for none
+    # xi, SiLU of unit length [P: eq. 10]; or "none", the identity; or as many random features as channels, fixed by
+    # ideal.seed: "positive", of a Gaussian kernel (eq. 3-5), or "softmax", of softmax's.
+    feature_map: str = "silu_l2"
     input_norms: bool = True  # eq. 12 [P]; False: the state reads xi(k) and v, or a and b, as they are
     core: str = "fixed"  # or "clock", Delta times exp of a bounded projection of the token; interdomain only
     write: str = "add"  # or "delta" or "damped", values correct what the state answers to their key; interdomain only
@@ -60,8 +74,14 @@ class SSMConfig:
         check_choice("core", self.core, CORES)
         check_choice("write", self.write, WRITES)
         check_choice("readout", self.readout, READOUTS)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         if self.write != "add":
             check_write(self.write, self.readout)
+            if self.feature_map != "silu_l2":
+                raise ValueError(
+                    f"write={self.write!r} needs feature_map='silu_l2', whose keys have length 1, "
+                    f"not {self.feature_map!r}."
+                )
         check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))
         check_choice("c_init", self.c_init, ("normal", "eye"))
@@ -72,7 +92,8 @@ class SSMConfig:
 class IdealConfig:
     """The random features of the ideal mixer (section 3.1 of the paper): drawn from the seed, never trained."""
 
-    features: str = "positive"  # or "fourier", whose denominators may be below zero [P: either]
+    # Or "fourier", whose denominators may be below zero [P: either]; or "softmax", of softmax's kernel, not a Gaussian.
+    features: str = "positive"
     num_features: int = 64  # R [O]
     seed: int = 0  # of the frequencies, which all layers share [O]
     floor: float = 1e-6  # the denominators up to which the values' mean is the output [O]

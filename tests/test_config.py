@@ -121,6 +121,12 @@ BROKEN = [
     (SSM, {"norm_bias_init": 1.0, "input_norms": False}, "norm_bias_init=1.0 needs input_norms, whose biases start "),
     *positive(SSM, "c_init_scale", "delta_min"),
     (SSM, {"delta_min": 0.5, "delta_max": 0.25}, "delta_min=0.5 must not exceed delta_max=0.25."),
+    unknown(SSM, "feature_map", "silu", "silu_l2"),
+    (
+        SSM,
+        {"write": "delta", "feature_map": "none"},
+        "write='delta' needs feature_map='silu_l2', whose keys have length 1, not 'none'.",
+    ),
     unknown(SSM, "core", "clok", "clock"),
     unknown(SSM, "write", "dleta", "delta"),
     unknown(SSM, "readout", "hermitain", "hermitian"),
@@ -275,7 +281,7 @@ def test_from_config_dict_names_key_and_path(changes, message):
 
 def test_configs_stored_before_a_setting_was_there():
     values = nested()
-    for name in ("input_norms", "a_init", "core", "write"):
+    for name in ("feature_map", "input_norms", "a_init", "core", "write"):
         del values["model"]["ssm"][name]
     assert from_config_dict(values) == CONFIG
     assert from_config_dict(values).identity() == CONFIG.identity()

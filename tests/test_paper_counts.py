@@ -124,6 +124,16 @@ def test_less_of_the_layer_by_hand():
     assert forward_flops_per_token(less, 1) == forward_flops_per_token(model, 1) - taps
 
 
+def test_random_features_by_hand():
+    """Constants, no parameters; every head of queries and of keys is multiplied by a matrix of 64 frequencies."""
+    model = config_of("125M", "interdomain").model
+    random = dataclasses.replace(model, ssm=SSMConfig(feature_map="softmax"))
+    assert count_parameters(random) == count_parameters(model)
+    assert state_size(random, "interdomain", 1) == state_size(model, "interdomain", 1)
+    more = 12 * 2 * 12 * 2 * 64 * 64
+    assert forward_flops_per_token(random, 1) == forward_flops_per_token(model, 1) + more
+
+
 def test_softmax_with_convolutions_by_hand():
     """Softmax and three convolutions: four taps and a bias for each channel; the cache, without the tails."""
     model = config_of("125M", "softmax_conv").model

@@ -9,7 +9,6 @@ import matplotlib
 from absl import flags
 from tqdm import tqdm
 
-from idattn.choices import FEATURES
 from idattn.evals.ideal import error_by_features, error_by_modes, s4d_residual
 from idattn.files import resolve_path, write_figure
 
@@ -35,7 +34,7 @@ def main(_):
             label = f"{signal}, {T:,} tokens"
             axes[0].plot(MODES, error_by_modes(signal, MODES, T=T), marker=".", label=label)
             progress.update()
-        for kind in FEATURES:
+        for kind in ("positive", "fourier"):
             errors = error_by_features(kind, COUNTS)
             (line,) = axes[1].plot(COUNTS, errors.error, marker=".", label=f"{kind}, error")
             if errors.not_positive.any():

@@ -23,10 +23,10 @@ class IdealAttention(Mixer):
     """x (B, T, D) -> (B, T, D) by `idattn.ops.ideal_attention` with a state of M (R + D / H) numbers for each head.
 
     The kernel is exp(-|q - k|^2 / (2 sqrt d)) with q = W_q x, k = W_k x and d the head's width: softmax's scores, but
-    for the vectors' lengths. Its frequencies are constants of the program, drawn from `ideal.seed`; neither checkpoints
-    nor the optimiser hold them. As in eq. 3-9, there are neither convolutions nor positions. Features and state are
-    float32 or better. The layer is a reference to compare with, at a few hundred tokens. Arguments are those of
-    `Mixer`; of `config.ssm` it reads num_modes only.
+    for the vectors' lengths; or with features="softmax" exp(q^T k / sqrt d), softmax's own. Its frequencies are
+    constants of the program, drawn from `ideal.seed`; neither checkpoints nor the optimiser hold them. As in eq. 3-9,
+    there are neither convolutions nor positions. Features and state are float32 or better. The layer is a reference to
+    compare with, at a few hundred tokens. Arguments are those of `Mixer`; of `config.ssm` it reads num_modes only.
     """
 
     def __init__(self, config: ModelConfig, *, residual_std: float, compute: ComputeConfig, rngs: nnx.Rngs):

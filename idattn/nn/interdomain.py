@@ -40,6 +40,8 @@ class InterdomainAttention(_Adaptable):
       num_modes: M, basis functions of a state, at least 1.
       heads_per_kv: query heads that share a state, a divisor of H.
       conv_width: taps of the causal depthwise convolutions; 0 for none.
+      feature_map: "silu_l2" (eq. 10); "none", the identity; or as many fixed random features as channels, "positive"
+        of a Gaussian kernel or "softmax" of softmax's.
       input_norms: whether the state's inputs are normalised by eq. 12.
       core: "fixed", or "clock", whose steps depend on the tokens; see `idattn.ops.adaptive_attention`.
       write: "add", or "delta" or "damped", whose values correct what the state answers to their key; see there; a
@@ -74,6 +76,7 @@ class InterdomainAttention(_Adaptable):
         num_modes: int = 64,
         heads_per_kv: int = 1,
         conv_width: int = 4,
+        feature_map: str = "silu_l2",
         input_norms: bool = True,
         core: str = "fixed",
         write: str = "add",
@@ -89,10 +92,10 @@ class InterdomainAttention(_Adaptable):
         norm_bias_init: float = 0.0,
     ):
         ssm = SSMConfig(
-            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, input_norms=input_norms, core=core,
-            write=write, readout=readout, a_init=a_init, c=c, c_init=c_init, c_init_scale=c_init_scale,
-            delta_min=delta_min, delta_max=delta_max, rope_position=rope_position, output_gate=output_gate,
-            norm_bias_init=norm_bias_init,
+            num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, feature_map=feature_map,
+            input_norms=input_norms, core=core, write=write, readout=readout, a_init=a_init, c=c, c_init=c_init,
+            c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max, rope_position=rope_position,
+            output_gate=output_gate, norm_bias_init=norm_bias_init,
         )  # fmt: skip
         config = ModelConfig(
             vocab_size=1,

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from idattn import ops
+from idattn.choices import FEATURES
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, at_last_token, exclusive_scan, where_continued
 from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param
@@ -159,12 +160,18 @@ class SSMCore(nnx.Module):
         norm: HeadNorm | None = None,
     ) -> jax.Array:
         """A projection as heads (B, T, heads, width): convolved, rotated, mapped by xi, normalised, as is asked for."""
+        ssm, width, backend = self.config.ssm, self.config.head_dim, self.compute.backend
+        first = ssm.rope_position == "before"
         inputs = inputs._replace(rotary=documents.rotary if rotate else None)
+        if mapped and ssm.feature_map in FEATURES:
+            x = inputs if first else inputs._replace(rotary=None)
+            x = _random_features(ops.prepare_heads(x, Preparation(width), backend=backend), self.config)
+            inputs = HeadInputs(x, rotary=None if first else inputs.rotary)
         if norm is not None:
             inputs = inputs._replace(scale=norm.scale[...], bias=norm.bias[...].reshape(-1))
-        width, first = self.config.head_dim, self.config.ssm.rope_position == "before"
-        preparation = Preparation(width, mapped, first, 0.0 if norm is None else norm.eps)
-        y = ops.prepare_heads(inputs, preparation, backend=self.compute.backend)
+        activate = mapped and ssm.feature_map == "silu_l2"
+        preparation = Preparation(width, activate, first, 0.0 if norm is None else norm.eps)
+        y = ops.prepare_heads(inputs, preparation, backend=backend)
         return y.reshape(*y.shape[:2], -1, width)
 
     def _attend(
@@ -313,6 +320,8 @@ class SSMMixer(Mixer):
         projections = 2 * D * (2 * narrow + width + queries + (width if ssm.output_gate else 0))
         projections += 2 * D * G * len(cls.core_type(config).controls(config))
         convolved = narrow * (1 if cls.feature_map else 2) + queries
+        if ssm.feature_map in FEATURES:
+            projections += 2 * R * (queries + (narrow if cls.feature_map else 0))  # of a head's channels on frequencies
         # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
         return projections + 2 * ssm.conv_width * convolved + G * 10 * M * 2 * R + cls.readout.flops(config)
 
@@ -322,7 +331,7 @@ class SSMMixer(Mixer):
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise a ValueError where rotary positions or a linear readout do not fit the heads."""
+        """Raise a ValueError where rotary positions, a linear readout or an option do not fit the mixer."""
         check_rope(config, cls.rope)
         ssm = config.ssm
         if cls.core_type(config) is SSMCore and (ssm.core, ssm.write) != ("fixed", "add"):
@@ -330,6 +339,8 @@ class SSMMixer(Mixer):
                 f"core={ssm.core!r} and write={ssm.write!r} are for the mixers interdomain and interdomain_norope; use "
                 f"core='fixed' and write='add' with {cls.__name__}."
             )
+        if ssm.feature_map != "silu_l2" and not (cls.feature_map or cls.readout.by_query):
+            raise ValueError(f"feature_map={ssm.feature_map!r} changes nothing in {cls.__name__}, which maps no input.")
         if not cls.readout.by_query and config.ssm.heads_per_kv > 1:
             raise ValueError(
                 f"heads_per_kv={config.ssm.heads_per_kv} needs a readout by queries: a linear one has none."
@@ -340,6 +351,14 @@ class SSMMixer(Mixer):
         names = ("key", "value", "query") if self.readout.by_query else ("key", "value")
         names += self.core.controls(self.config)
         return {name: getattr(self, name).weight.shape[-1] for name in names}
+
+
+def _random_features(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Heads (B, T, C) as random features, as many as channels; all heads have the same frequencies."""
+    kind, width = config.ssm.feature_map, config.head_dim
+    heads = x.reshape(*x.shape[:2], -1, width).astype(jnp.promote_types(x.dtype, jnp.float32)) * width**-0.25
+    frequencies = ops.draw_frequencies(config.ideal.seed, kind, width, (width,))
+    return ops.random_features(heads, jnp.asarray(frequencies, heads.dtype), kind).reshape(x.shape).astype(x.dtype)
 
 
 def check_rope(config: ModelConfig, rope: bool) -> None:

@@ -38,7 +38,7 @@ def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, 
 
     Args:
       seed: of NumPy's default generator.
-      kind: "positive" or "fourier".
+      kind: "positive", "fourier" or "softmax".
       num_features: R, even for "fourier", which makes two features of a frequency.
       shape: (width,) of the vectors whose features are wanted, or (H, width) for H sets of frequencies.
 
@@ -53,16 +53,17 @@ def draw_frequencies(seed: int, kind: str, num_features: int, shape: tuple[int, 
 
 
 def random_features(x: jax.Array, frequencies: jax.Array | np.ndarray, kind: str) -> jax.Array:
-    """xi(x), for which E[xi(q)^T xi(k)] = exp(-|q - k|^2 / 2) over standard normal frequencies w.
+    """xi(x), for which E[xi(q)^T xi(k)] is a kernel, over standard normal frequencies w.
 
     Args:
       x: (..., width).
       frequencies: (width, n), or with leading axes that x has too.
-      kind: "fourier", [cos(w^T x), sin(w^T x)] / sqrt(n) (Bochner), whose products with few features or far from all
-        keys may be negative; or "positive", exp(w^T x - |x|^2) / sqrt(n), whose products cannot.
+      kind: for the kernel exp(-|q - k|^2 / 2) "fourier", [cos(w^T x), sin(w^T x)] / sqrt(n) (Bochner), whose products
+        with few features or far from all keys may be negative; or "positive", exp(w^T x - |x|^2) / sqrt(n), whose
+        products cannot. For softmax's kernel exp(q^T k) "softmax", exp(w^T x - |x|^2 / 2) / sqrt(n), positive too.
 
     Returns:
-      (..., R) with R = 2n for "fourier" and n for "positive".
+      (..., R) with R = 2n for "fourier" and n for the others.
 
     Raises:
       ValueError: `kind` is unknown.
@@ -72,7 +73,8 @@ def random_features(x: jax.Array, frequencies: jax.Array | np.ndarray, kind: str
     angle = jnp.einsum("...d,...dn->...n", x, frequencies, precision="highest")
     if kind == "fourier":
         return scale * jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    return scale * jnp.exp(angle - jnp.sum(x**2, axis=-1, keepdims=True))
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    return scale * jnp.exp(angle - (square / 2 if kind == "softmax" else square))
 
 
 def legs_change(position: jax.Array, num_modes: int, dtype: jnp.dtype) -> jax.Array:

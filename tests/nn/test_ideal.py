@@ -27,7 +27,7 @@ def run(layer, x):
     return layer(x)
 
 
-@pytest.mark.parametrize("features", ["positive", "fourier"])
+@pytest.mark.parametrize("features", ["positive", "fourier", "softmax"])
 def test_equals_its_definition(features):
     layer, x = make(features=features, seed=7, floor=0.3)
     y, state = run(layer, x)
@@ -40,7 +40,7 @@ def test_equals_its_definition(features):
         angle = np.einsum("bthd,hdn->bthn", x, frequencies)
         if features == "fourier":
             return np.concatenate([np.cos(angle), np.sin(angle)], axis=-1) / np.sqrt(4)
-        return np.exp(angle - (x**2).sum(axis=-1, keepdims=True)) / np.sqrt(8)
+        return np.exp(angle - (x**2).sum(axis=-1, keepdims=True) / (2 if features == "softmax" else 1)) / np.sqrt(8)
 
     o, coefficients = oracles.ideal_forward(xi(q), xi(k), v, M, 0.3)
     expected = o.reshape(B, T, D) @ np.asarray(layer.output.weight[...], np.float64)

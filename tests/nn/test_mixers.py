@@ -53,20 +53,22 @@ def silu(x):
 
 
 SSM_MIXERS = [name for name in MIXERS if issubclass(find_mixer(name), SSMMixer)]
-LESS = ({"conv_width": 0}, {"input_norms": False})  # of the layer
+LESS = ({"conv_width": 0}, {"input_norms": False}, {"feature_map": "none"})  # of the layer
+RANDOM = ({"feature_map": "positive"}, {"feature_map": "softmax", "rope_position": "after"})
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         *((name, {"output_gate": gate}) for name in SSM_MIXERS for gate in (False, True)),
-        *((name, options) for name in ("interdomain", "single_query", "dual_linear") for options in LESS),
+        *((name, options) for name in ("interdomain", "single_query", "dual_linear") for options in LESS + RANDOM),
     ],
     ids=str,
 )
 def test_ssm_mixers_equal_their_definition(name, options):
     """The whole mixer in numpy, around the oracle's recurrence."""
     mixer, x, kind = make_mixer(name, **options), inputs(), find_mixer(name)
+    ssm = mixer.config.ssm
     state = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
     state |= state.pop("core")
     z = np.asarray(x, np.float64)
@@ -78,15 +80,24 @@ def test_ssm_mixers_equal_their_definition(name, options):
         taps, padded = state[f"{name}_conv"]["taps"], np.concatenate([np.zeros((B, 3, y.shape[-1])), y], 1)
         return state[f"{name}_conv"]["bias"] + sum(taps[i] * padded[:, i : i + T] for i in range(4))
 
+    def rotate(y):
+        rotated = (y[..., :3] + 1j * y[..., 3:]) * np.exp(1j * positions * 10_000.0 ** (-np.arange(3) / 3))
+        return np.concatenate([rotated.real, rotated.imag], -1) if kind.rope else y
+
+    def feature_map(y):
+        if ssm.feature_map == "silu_l2":
+            return silu(y) / np.sqrt((silu(y) ** 2).sum(-1, keepdims=True) + 1e-6)
+        if ssm.feature_map == "none":
+            return y
+        y = y / 6**0.25
+        square = (y**2).sum(-1, keepdims=True) / (2 if ssm.feature_map == "softmax" else 1)
+        return np.exp(y @ np.random.default_rng(0).standard_normal((6, 6)) - square) / np.sqrt(6)
+
     def prepare(y, mapped):
         y = y.reshape(B, T, 2, 6)
-        if kind.rope:
-            turn = np.exp(1j * positions * 10_000.0 ** (-np.arange(3) / 3))
-            rotated = (y[..., :3] + 1j * y[..., 3:]) * turn
-            y = np.concatenate([rotated.real, rotated.imag], -1)
-        if mapped:
-            y = silu(y) / np.sqrt((silu(y) ** 2).sum(-1, keepdims=True) + 1e-6)
-        return y
+        y = y if ssm.rope_position == "after" else rotate(y)
+        y = feature_map(y) if mapped else y
+        return rotate(y) if ssm.rope_position == "after" else y
 
     def normalise(name, y):
         if name not in state:
@@ -149,6 +160,7 @@ SSM_OPTIONS = [
     {"output_gate": True},
     {"conv_width": 1},
     *LESS,
+    *RANDOM,
     {"write": "delta", "input_norms": False},
     {"norm_bias_init": 1.0},
 ]
@@ -182,6 +194,11 @@ def test_a_clock_starts_as_the_paper_and_then_leaves_it():
     assert_close(run(both, x, ids)[0][:, 4:], run(both, x[:, 4:])[0], "float32", reduction=T * D)
     other = jnp.concatenate([inputs(1)[:, :4], x[:, 4:]], axis=1)
     np.testing.assert_array_equal(run(both, x, ids)[0][:, 4:], run(both, other, ids)[0][:, 4:])
+
+
+def test_mixers_that_map_nothing_refuse_a_feature_map():
+    with pytest.raises(ValueError, match="feature_map='none' changes nothing in S4D, which maps no input"):
+        make_mixer("s4d", feature_map="none")
 
 
 def test_other_mixers_refuse_a_clock():

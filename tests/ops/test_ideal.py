@@ -150,7 +150,7 @@ def test_the_safeguard():
     assert_close(o, mean, "float32", reduction=T)
 
 
-@pytest.mark.parametrize("kind", ["positive", "fourier"])
+@pytest.mark.parametrize("kind", ["positive", "fourier", "softmax"])
 def test_features_estimate_the_kernel(kind):
     """Without bias, each head from different frequencies; positive products are, and a cosine and a sine make 1."""
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def test_features_estimate_the_kernel(kind):
         assert_close((xi_q**2).sum(axis=-1), np.ones((50, 2)), "float64", reduction=100)
     else:
         assert (terms > 0).all()
-    kernel = np.exp(-np.sum((q - k) ** 2, axis=-1) / 2)
+    kernel = np.exp(np.sum(q * k if kind == "softmax" else -((q - k) ** 2) / 2, axis=-1))
     deviation = (terms.mean(axis=-1) - kernel) / (terms.std(axis=-1) / np.sqrt(terms.shape[-1]))
     assert 0.7 < deviation.std() < 1.4  # as of independent normal terms around the kernel
     assert np.abs(deviation).max() < 5
