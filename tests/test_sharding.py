@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from idattn.train.step import Trainer
 pytestmark = pytest.mark.usefixtures("eight_devices")
 B, T, V = 8, 16, 64
 MIXED = ("interdomain", "softmax", "s4d")  # a hybrid compiles once what three models would
+# What jax_disable_most_optimizations turns off.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(fsdp=8),
@@ -224,24 +227,24 @@ def test_what_crosses_does_not_depend_on_the_length():
     assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
 
 
-def test_a_state_passes_through_shards(optimised):
+def test_a_state_passes_through_shards():
     """Two calls with the state between them are one call, though each is split over four devices."""
-    layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, c_init_scale=4.0)
+    layer = nnx.jit(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, c_init_scale=4.0))()
     graphdef, params = nnx.split(layer)
     x = jax.random.normal(jax.random.key(0), (B, 2 * T, 16))
     ids = jnp.concatenate([segment_ids(), segment_ids()[::-1]], axis=1)
 
-    @jax.jit
-    def call(params, x, ids, state=None):
+    @partial(jax.jit, compiler_options=OPTIMISED)
+    def call(params, x, ids, state):
         return nnx.merge(graphdef, params)(x, segment_ids=ids, state=state)
 
-    expected = [(x1 := call(params, x[:, :T], ids[:, :T])), call(params, x[:, T:], ids[:, T:], x1[1])]
+    start = layer.init_state(B)
+    expected = [first := call(params, x[:, :T], ids[:, :T], start), call(params, x[:, T:], ids[:, T:], first[1])]
     mesh = make_mesh(MeshConfig(data=1, sequence=4, tensor=2))
     with jax.set_mesh(mesh):
         split = NamedSharding(mesh, spec("B", "T"))
         x, ids = jax.device_put(x, split), jax.device_put(ids, split)
-        first = call(params, x[:, :T], ids[:, :T])
-        actual = [first, call(params, x[:, T:], ids[:, T:], first[1])]
+        actual = [first := call(params, x[:, :T], ids[:, :T], start), call(params, x[:, T:], ids[:, T:], first[1])]
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(ours, np.asarray(theirs), "float32", reduction=2 * T)
 
@@ -334,11 +337,14 @@ def test_any_axis_may_go_over_the_hosts_of_gpus():
 @pytest.mark.parametrize("mixer", ["softmax", "softmax_conv", "ideal"])
 def test_what_is_not_split_over_tokens(mixer):
     config = make_config((mixer,), MeshConfig())
-    model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0))
-    state = model.init_state(B, T)
+
+    def resume(tokens):
+        model = LanguageModel(config.model, config.compute, rngs=nnx.Rngs(0))
+        return model(tokens, state=model.init_state(B, T))
+
     mesh = make_mesh(MeshConfig(data=1, sequence=8))
     with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match=r"mesh\.sequence=1"):
-        jax.eval_shape(lambda tokens: model(tokens, state=state), jnp.zeros((B, T), jnp.int32))
+        jax.eval_shape(resume, jnp.zeros((B, T), jnp.int32))
 
 
 def test_without_a_mesh_nothing_is_wrapped():
