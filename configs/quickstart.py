@@ -1,4 +1,4 @@
-"""A byte-level interdomain model on the embedded Austen novels: the main job of `make quickstart`.
+"""A small interdomain model on the embedded Austen novels: the main job of `make quickstart`.
 
 idattn train --config=quickstart --workdir=runs/quickstart
 """

@@ -282,7 +282,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps; always after the last
     keep_latest: int = 2  # the newest checkpoints
     keep_best: int = 1  # checkpoints with the lowest validation loss
-    ngram_orders: int = 0  # print n-gram baselines of order 1 to this many next to the validation loss; 0: none
+    ngram_orders: int = 0  # of a text: n-grams of order 1 to this many, to print beside the validation loss; 0: none
     sample_prompt: str = ""  # print a continuation of this text after training; empty: none
     sample_tokens: int = 400
 
@@ -336,23 +336,27 @@ class Config:
 
 
 def quickstart() -> Config:
-    """A byte-level interdomain model of 0.96M parameters on five Austen novels: minutes on two CPU cores."""
+    """An interdomain model of 1.4M parameters, half of them a vocabulary, on five Austen novels: minutes on two cores.
+
+    What was tuned was tuned on Northanger Abbey, held out with Persuasion.
+    """
     return Config(
         model=ModelConfig(
-            vocab_size=257, model_dim=128, num_layers=4, num_heads=4, mlp_dim=384, ssm=SSMConfig(num_modes=32)
+            vocab_size=2048, model_dim=128, num_layers=4, num_heads=4, mlp_dim=384, ssm=SSMConfig(num_modes=32)
         ),
-        data=DataConfig(seq_len=256),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=20, final_lr=1e-4),
+        data=DataConfig(tokenizer="bpe:2048", seq_len=256),
+        optim=OptimConfig(name="muon", peak_lr=5e-3, warmup_steps=20, final_lr=0.0),
         train=TrainConfig(
-            steps=300,
+            steps=450,
             batch_size=8,
-            eval_every=75,
-            eval_batches=24,
-            checkpoint_every=75,
-            ngram_orders=5,
+            eval_every=150,
+            eval_batches=100,  # more than there are: all of Persuasion
+            checkpoint_every=150,
+            ngram_orders=8,
             sample_prompt="It was a truth",
+            sample_tokens=150,
         ),
-        compute=ComputeConfig(dtype="float32"),
+        compute=ComputeConfig(dtype="float32", chunk_size=32),
     )
 
 

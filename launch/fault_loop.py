@@ -25,7 +25,8 @@ FLAGS = flags.FLAGS
 SETTINGS = [
     "--config=configs/quickstart.py", "--config.model.model_dim=16", "--config.model.vocab_size=260",
     "--config.model.num_layers=1", "--config.model.num_heads=2", "--config.model.mlp_dim=16",
-    "--config.model.ssm.num_modes=4", "--config.data.seq_len=16", "--config.optim.warmup_steps=1",
+    "--config.model.ssm.num_modes=4", "--config.data.seq_len=16", "--config.data.tokenizer=bytes",
+    "--config.optim.name=adamw", "--config.optim.warmup_steps=1",
     "--config.train.batch_size=4", "--config.train.log_every=1", "--config.train.eval_batches=1",
     "--config.train.eval_every=50", "--config.train.ngram_orders=0", "--config.train.sample_prompt=",
     "--config.mesh.fsdp=2", "--config.mesh.tensor=2",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+import sentencepiece
 from etils import epath
 
 from idattn.data import optional
@@ -137,7 +138,6 @@ class SentencePieceTokenizer:
     """The pieces of a SentencePiece file; U+2581 stays itself where the model spells it in bytes, else a space."""
 
     def __init__(self, data: bytes, name: str):
-        sentencepiece = optional.load("sentencepiece", f"tokenizer={name!r}")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -211,7 +211,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: epath.PathLike)
       path: of the file to write, ending in .model.
 
     Raises:
-      ImportError: the package sentencepiece is missing.
       ValueError: the texts are too few for so many pieces, or the vocabulary too small for their characters.
     """
     write_atomic(path, _train_pieces(texts, vocab_size))
@@ -224,7 +223,6 @@ def trained_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
 
 def _train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
     """The content of a file of `train_tokenizer`."""
-    sentencepiece = optional.load("sentencepiece", "training a tokenizer")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

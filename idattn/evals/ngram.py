@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from idattn.data import Tokenizer, load_tokenizer
+from idattn.data.tokenizer import encode_document
+
 
 def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_order: int) -> list[float]:
     """Mean validation losses of n-gram models of order 1 to `max_order`, fitted to `train`.
@@ -65,6 +68,58 @@ def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_o
             num_contexts = len(keys)
         nats.append(float(-np.log(probability[1:]).mean()))
     return nats
+
+
+def ngram_table(
+    train: np.ndarray, validation: np.ndarray, tokenizer: Tokenizer, max_order: int
+) -> dict[str, list[float]]:
+    """Losses of n-gram models in nats per byte of the validation text, so that tokens of any size compare.
+
+    Args:
+      train: (tokens,) ids of documents, each [BOS] and its text.
+      validation: (tokens,) likewise.
+      tokenizer: of the ids.
+      max_order: as for `ngram_nats`.
+
+    Returns:
+      By order from 1, of the text's "bytes" and, unless these are the tokens, of its "tokens".
+
+    Raises:
+      ValueError: as `ngram_nats`.
+    """
+    size, tables = count_bytes(validation, tokenizer), {}
+    in_bytes = load_tokenizer("bytes")
+    for name, target in {"bytes": in_bytes, "tokens": tokenizer}.items():
+        if name == "tokens" and tokenizer.fingerprint == in_bytes.fingerprint:
+            continue
+        fitted, held_out = (_recode(stream, tokenizer, target) for stream in (train, validation))
+        losses = ngram_nats(fitted, held_out, target.vocab_size, max_order)
+        tables[name] = [loss * (len(held_out) - 1) / size for loss in losses]
+    return tables
+
+
+def count_bytes(stream: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 in the text of (tokens,) ids."""
+    return len(tokenizer.decode(stream).encode())
+
+
+def _recode(stream: np.ndarray, tokenizer: Tokenizer, target: Tokenizer) -> np.ndarray:
+    """The documents of a stream as those of another tokenizer."""
+    if target is tokenizer:
+        return stream
+    documents = np.split(stream, np.flatnonzero(stream == tokenizer.bos_id)[1:])
+    return np.concatenate([encode_document(tokenizer.decode(ids), target, target.name) for ids in documents])
+
+
+def longest_copy(text: str, source: str) -> str:
+    """The longest passage of `text` that `source` has too; of several as long the first."""
+    best, start = "", 0
+    for end in range(1, len(text) + 1):
+        while text[start:end] not in source:
+            start += 1
+        if end - start > len(best):
+            best = text[start:end]
+    return best
 
 
 def _check_stream(name: str, stream: np.ndarray, vocab_size: int, shortest: int) -> None:

@@ -18,7 +18,7 @@ from idattn.choices import find_tracker
 from idattn.config import Config, from_config_dict
 from idattn.costs import count_parameters, training_flops_per_token
 from idattn.data import count_epochs, digests, eval_batches, load_data, train_iterator
-from idattn.evals.ngram import ngram_nats
+from idattn.evals.ngram import count_bytes, longest_copy, ngram_table
 from idattn.evals.perplexity import mean_loss
 from idattn.files import resolve_path
 from idattn.inference import Decoder, generate_text
@@ -64,7 +64,9 @@ def train(
 
     Returns:
       `step`, `finished` (False after a request to stop), `val_loss` (nats per token), `best_val_loss`, `parameters`,
-      and, where the config asks for them, `ngram_losses` by order and `sample`.
+      and, where the config asks for them, `nats_per_byte` of the validation text, `ngram_losses` (of n-grams of its
+      "bytes" and "tokens", in nats per byte by order), `sample` and `longest_copy`, the longest passage of the sample
+      that the training text has too.
 
     Raises:
       ValueError: the config breaks a rule, does not fit the data or `init_from`, or `workdir` holds another run or one
@@ -301,23 +303,33 @@ class _Run:
         result = self._result(settings.steps)
         if not _is_main_process():
             return result
-        rows = {}
-        if settings.ngram_orders:
+        held_out = ", ".join(self.config.data.holdout) or f"the validation documents of {self.config.data.source}"
+        baselines, train_text = {}, ""
+        if settings.ngram_orders and self.train_windows[0].is_text:
             parts = self.train_windows, self.val_windows
             train, validation = (np.concatenate([windows.stream[:] for windows in part]) for part in parts)
-            losses = ngram_nats(train, validation, self.tokenizer.vocab_size, settings.ngram_orders)
-            result["ngram_losses"] = losses
-            rows = {f"{order}-gram": loss for order, loss in enumerate(losses, 1)}
-        held_out = ", ".join(self.config.data.holdout) or f"the validation documents of {self.config.data.source}"
-        print(f"\nvalidation loss on {held_out}, nats per token")
-        for name, loss in [*rows.items(), ("this model", self.val_loss)]:
-            print(f"  {name:<12}{loss:.3f}")
+            result["ngram_losses"] = ngram_table(train, validation, self.tokenizer, settings.ngram_orders)
+            targets = np.count_nonzero(validation != self.tokenizer.bos_id)
+            tokens_per_byte = targets / count_bytes(validation, self.tokenizer)
+            result["nats_per_byte"] = float(self.val_loss * tokens_per_byte)
+            print(f"\nvalidation loss on {held_out}, nats per byte")
+            print(f"  {'n-grams of order':<18}{''.join(f'{n:>7}' for n in range(1, settings.ngram_orders + 1))}")
+            for name, losses in result["ngram_losses"].items():
+                print(f"  {name:<18}{''.join(f'{loss:>7.3f}' for loss in losses)}")
+                baselines[f"best n-gram of {name}"] = min(losses) / tokens_per_byte
+            print(f"  {'this model':<18}{result['nats_per_byte']:>7.3f}  ({self.val_loss:.3f} per token)")
+            train_text = self.tokenizer.decode(train)
+        else:
+            print(f"\nvalidation loss on {held_out}: {self.val_loss:.3f} nats per token")
         if settings.sample_prompt and jax.process_count() > 1:
             print("\nno sample, since the weights are spread over processes: see `idattn generate`")
         elif settings.sample_prompt:
             result["sample"] = self._sample(state)
             print(f"\nsample\n  {settings.sample_prompt}|{result['sample']}")
-        print(f"\nloss curves: {plot_losses(self.workdir, rows)}\ncheckpoints: {self.workdir / 'checkpoints'}")
+            if train_text:
+                copy = result["longest_copy"] = longest_copy(result["sample"], train_text)
+                print(f"\nits longest passage that the training text has too: {copy!r}")
+        print(f"\nloss curves: {plot_losses(self.workdir, baselines)}\ncheckpoints: {self.workdir / 'checkpoints'}")
         return result
 
     def _sample(self, state: State) -> str:

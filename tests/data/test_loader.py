@@ -196,7 +196,6 @@ def test_load_data(tmp_path):
 
 def test_a_tokenizer_of_the_text(tmp_path):
     """bpe:N learns from the documents to train on, and only from those; a checkpoint's is taken instead."""
-    pytest.importorskip("sentencepiece")
     train_text, held_out = "the cat sat on the mat. a dog ran.\n" * 50, "zwei hunde jagen quer durch bonn.\n" * 50
     rows = [{"id": "a", "text": train_text}, {"id": "b", "text": held_out}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

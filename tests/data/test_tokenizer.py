@@ -2,11 +2,11 @@
 
 import importlib.resources
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ TEXT = "  Emma\n\nWoodhouse,\tnaïve 😀 <s> "
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    pytest.importorskip("sentencepiece")
     pytest.importorskip("mistral_common")
     path = tmp_path_factory.mktemp("tokenizer") / "mistral.model"
     shutil.copy(str(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"), path)
@@ -103,7 +102,6 @@ def test_json_errors(json_path, tmp_path):
 
 
 def test_training(tmp_path):
-    pytest.importorskip("sentencepiece")
     texts = [document.text[:60_000] for document in load_documents("austen")]
     lines = "".join(texts)
     for name, parts in (("a", texts), ("again", texts), ("joined", [lines.replace("\n", " ")])):
@@ -148,22 +146,13 @@ def test_name_errors(tmp_path):
         load_tokenizer(str(tmp_path / "missing.model"))
 
 
-def test_sentencepiece_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    (tmp_path / "some.model").touch()
-    with pytest.raises(ImportError, match=r"pip install idattn\[data\]"):
-        load_tokenizer(str(tmp_path / "some.model"))
-
-
 def test_not_a_model(tmp_path):
-    pytest.importorskip("sentencepiece")
     (tmp_path / "bad.model").write_text("hello")
     with pytest.raises(ValueError, match=r"bad\.model' is not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "bad.model"))
 
 
 def test_model_without_bos(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
     prefix = tmp_path / "nobos"
     text = iter(["some words to train on", "and some more words"])
     sentencepiece.SentencePieceTrainer.train(
@@ -182,7 +171,6 @@ def test_trained_round_trip(trained, parts):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    pytest.importorskip("sentencepiece")
     path = tmp_path_factory.mktemp("trained") / "t.model"
     train_tokenizer(["some words, some more words\n" * 50], 290, path)
     return load_tokenizer(path)
@@ -191,7 +179,6 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("separator", ["|", "\t", "\0", "\u2585"])
 def test_training_learns_from_every_line(tmp_path, separator):
     """SentencePiece leaves lines with U+2585 out, and says so nowhere."""
-    pytest.importorskip("sentencepiece")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(50)]
     text = "plain words\n" * 20 + "".join(separator.join(rng.choice(words, 6)) + "\n" for _ in range(300))

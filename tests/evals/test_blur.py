@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from support import oracles
 from support.helpers import assert_close, defined_flags, random_case, random_linear_case, run_main
+from support.models import run_of
 
 from idattn.cli import plot_kernel
-from idattn.config import ComputeConfig, ModelConfig, quickstart
+from idattn.config import ComputeConfig, ModelConfig
 from idattn.evals.blur import blur_kernel, impulse_response, read_layers, resolution, timescales
 from idattn.inference import save_weights
 from idattn.nn import LanguageModel
@@ -86,7 +87,7 @@ def test_resolution():
 def run():
     """Config and parameters of a hybrid of two times three layers, of another seed than the config's."""
     model = ModelConfig.tiny(*MIXERS, num_layers=6)
-    config = dataclasses.replace(quickstart(), model=model, compute=ComputeConfig(dtype="float32"))
+    config = dataclasses.replace(run_of(model), compute=ComputeConfig(dtype="float32"))
     made = nnx.jit(lambda: LanguageModel(model, config.compute, rngs=nnx.Rngs(0)))()
     return config, nnx.to_pure_dict(nnx.state(made, nnx.Param))
 

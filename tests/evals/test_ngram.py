@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idattn.data import load_documents, split
-from idattn.evals.ngram import ngram_nats
+from idattn.data import load_documents, load_tokenizer, split, train_tokenizer
+from idattn.data.tokenizer import encode_document
+from idattn.evals.ngram import count_bytes, longest_copy, ngram_nats, ngram_table
 
 V = 3
 streams = st.lists(st.integers(0, V - 1), min_size=1, max_size=30)
@@ -76,6 +77,36 @@ def test_austen():
         np.frombuffer("".join(document.text for document in part).encode(), np.uint8) for part in parts
     )
     assert ngram_nats(train, validation, 257, 3) == pytest.approx([3.037, 2.387, 1.923], abs=2e-3)
+
+
+def test_table_in_nats_per_byte(tmp_path):
+    """Of pieces and of bytes, also where a document holds more than ASCII; a tokenizer of bytes has one row."""
+    texts = ["Ah, the café was closed.\n" * 9, "They opened the café again, \u2581 and closed it.\n" * 7]
+    train_tokenizer(texts, 290, tmp_path / "t.model")
+    pieces, in_bytes = load_tokenizer(tmp_path / "t.model"), load_tokenizer("bytes")
+    held_out = ["the café opened", "é again"]
+
+    def stream(documents, tokenizer):
+        return np.concatenate([encode_document(text, tokenizer, "") for text in documents])
+
+    size = len("".join(held_out).encode())
+    assert count_bytes(stream(held_out, pieces), pieces) == count_bytes(stream(held_out, in_bytes), in_bytes) == size
+    table = ngram_table(stream(texts, pieces), stream(held_out, pieces), pieces, 3)
+    assert list(table) == ["bytes", "tokens"]
+    for name, tokenizer in {"bytes": in_bytes, "tokens": pieces}.items():
+        train, validation = stream(texts, tokenizer), stream(held_out, tokenizer)
+        sums = np.array(ngram_nats(train, validation, tokenizer.vocab_size, 3)) * (len(validation) - 1)
+        np.testing.assert_allclose(table[name], sums / size, rtol=1e-12)
+    alone = ngram_table(stream(texts, in_bytes), stream(held_out, in_bytes), in_bytes, 3)
+    assert alone == {"bytes": table["bytes"]}
+
+
+@given(st.text("ab", max_size=12), st.text("ab", max_size=12))
+def test_longest_copy(text, source):
+    passages = (text[i:j] for i in range(len(text)) for j in range(i, len(text) + 1))
+    longest = max(len(passage) for passage in ("", *passages) if passage in source)
+    copy = longest_copy(text, source)
+    assert len(copy) == longest and copy in text and copy in source
 
 
 @pytest.mark.parametrize(

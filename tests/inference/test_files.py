@@ -1,6 +1,5 @@
 """Weights and contexts on disk: what was saved comes back, and what does not belong together is refused."""
 
-import dataclasses
 import json
 import os
 import re
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from flax import nnx
-from support.models import V, export_model, make_model
+from support.models import V, export_model, make_model, run_of
 
-from idattn.config import quickstart
 from idattn.inference import Decoder, load_context, load_weights, save_context, save_weights
 from idattn.nn import LanguageModel
 from idattn.train.checkpoint import load_params
@@ -57,7 +55,7 @@ def test_a_context_of_another_model_is_refused(decoder, tmp_path, other):
 
 def test_weights_come_back_and_must_fit_their_config(tmp_path):
     model = make_model(*PATTERN)
-    config = dataclasses.replace(quickstart(), model=model.config)
+    config = run_of(model.config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     save_weights(tmp_path, config, params, 70)
     for load in (load_weights, load_params):  # whatever takes a checkpoint takes an export
@@ -77,7 +75,7 @@ def test_weights_come_back_and_must_fit_their_config(tmp_path):
 
 
 def test_what_is_written_may_be_read_by_whom_the_umask_allows(decoder, tmp_path):
-    config = dataclasses.replace(quickstart(), model=decoder.config)
+    config = run_of(decoder.config)
     params = nnx.to_pure_dict(nnx.state(make_model(*PATTERN), nnx.Param))
     before = os.umask(0o027)
     try:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support.helpers import assert_close
-from support.models import HYBRID, MIXERS, V, make_model
+from support.models import HYBRID, MIXERS, V, make_model, run_of
 
-from idattn.config import MeshConfig, quickstart
+from idattn.config import MeshConfig, ModelConfig
 from idattn.inference import Decoder, load_context, save_context
 from idattn.sharding import make_mesh
 from idattn.trained import assemble
@@ -58,5 +58,5 @@ def test_tokens_are_not_split():
 
 def test_a_vocabulary_that_devices_do_not_divide_is_refused():
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh\.tensor=2 must divide model\.vocab_size=257"):
-        assemble(quickstart(), None, 0, None)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"mesh\.tensor=2 must divide model\.vocab_size=37"):
+        assemble(run_of(ModelConfig.tiny()), None, 0, None)

@@ -6,6 +6,7 @@ The first run has a process of its own; the others are in this one.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -37,11 +38,12 @@ def test_train(trained):
     done, workdir = trained
     assert done.returncode == 0, done.stderr
     assert f"3 steps of 32 tokens on 1 x cpu; new run in {workdir}\n" in done.stdout
-    assert "validation loss on b, nats per token\n  1-gram" in done.stdout
+    assert "validation loss on b, nats per byte\n  n-grams of order" in done.stdout
+    assert re.search(r"\n  bytes +\d\.\d{3}\n  this model +(\d\.\d{3})  \(\1 per token\)\n", done.stdout)
     assert "\nsample\n  ab|" in done.stdout
     assert f"loss curves: {workdir / 'loss.png'}\n" in done.stdout
     config = json.loads((workdir / "config.json").read_text())
-    assert (config["model"]["mixers"], config["train"]["steps"], config["optim"]["peak_lr"]) == (["softmax"], 3, 3e-3)
+    assert (config["model"]["mixers"], config["train"]["steps"], config["optim"]["peak_lr"]) == (["softmax"], 3, 5e-3)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3"]
 
 
@@ -62,7 +64,7 @@ def test_train_again_and_from_weights(trained, corpus, tmp_path):
     assert f"resumed {workdir} at step 3\n" in again.stdout
     other = run_program("train", *arguments, f"--workdir={workdir}", "--config.optim.peak_lr=0.5")
     assert other.returncode == 2
-    assert other.stderr.count("\n") == 1 and "optim.peak_lr: 0.003 there, 0.5 now" in other.stderr
+    assert other.stderr.count("\n") == 1 and "optim.peak_lr: 0.005 there, 0.5 now" in other.stderr
     fresh = run_program(
         "train", *arguments, f"--workdir={tmp_path / 'new'}", f"--init_from={workdir}", "--profile=2,3",
         "--config.train.sample_prompt=",
@@ -95,7 +97,7 @@ def test_data(tmp_path):
     tiny.append("--config.train.sample_prompt=")  # `test_train` shows one
     done = run_program("train", *tiny, *settings, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert f"validation loss on the validation documents of {folder}, nats per token\n  1-gram" in done.stdout
+    assert f"validation loss on the validation documents of {folder}, nats per byte\n  n-grams of" in done.stdout
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     windows = -(-sum(len(row["text"]) for row in rows) // 16)
     assert all(0 < 2 * row["step"] / windows < row["epoch"] for row in metrics if "epoch" in row)

@@ -29,11 +29,15 @@ def make_model(*mixers, seed=3, **changes):
     return nnx.jit(lambda: LanguageModel(config, compute, rngs=nnx.Rngs(seed)))()
 
 
+def run_of(model):
+    """The config of a run of a model over bytes."""
+    return dataclasses.replace(quickstart(), model=model, data=DataConfig(seq_len=16))
+
+
 def export_model(folder):
     """The weights of a random byte model as `launch` reads them, of step 7 and windows of 16 tokens; its folder."""
     model = make_model("s4d", vocab_size=257)
-    config = dataclasses.replace(quickstart(), model=model.config, data=DataConfig(seq_len=16))
-    save_weights(folder, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+    save_weights(folder, run_of(model.config), nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
     return folder
 
 

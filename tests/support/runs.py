@@ -29,13 +29,16 @@ STEPS = 12
 # Flags of `idattn train`: a run of three steps, without text.
 TINY = [
     "--config=configs/quickstart.py",
+    "--config.model.vocab_size=257",
     "--config.model.model_dim=12",
     "--config.model.num_layers=1",
     "--config.model.num_heads=2",
     "--config.model.mlp_dim=16",
     "--config.model.mixers=('softmax',)",
+    "--config.data.tokenizer=bytes",
     "--config.data.seq_len=16",
     "--config.data.holdout=('b',)",
+    "--config.optim.name=adamw",
     "--config.optim.warmup_steps=1",
     "--config.train.steps=3",
     "--config.train.batch_size=2",

@@ -17,7 +17,7 @@ from flax import nnx
 from support.helpers import defined_flags, run_main
 
 from idattn.cli import export
-from idattn.config import quickstart
+from idattn.config import DataConfig, quickstart
 from idattn.data import load_tokenizer, train_tokenizer
 from idattn.data.stream import sha256_of
 from idattn.inference import names as names_lib
@@ -27,7 +27,7 @@ from idattn.train import checkpoint as checkpoint_lib
 from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
 from idattn.train.folders import damage_of
 
-CONFIG = quickstart()
+CONFIG = dataclasses.replace(quickstart(), data=DataConfig(seq_len=16))
 
 
 @functools.cache

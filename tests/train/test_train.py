@@ -106,7 +106,10 @@ def test_files_and_metrics(finished):
 
 def test_returned_values(finished):
     config, workdir, result = finished
-    assert set(result) == {"step", "finished", "val_loss", "best_val_loss", "parameters", "ngram_losses", "sample"}
+    assert set(result) == {
+        "step", "finished", "val_loss", "best_val_loss", "parameters", "ngram_losses", "nats_per_byte", "sample",
+        "longest_copy",
+    }  # fmt: skip
     assert (result["step"], result["finished"]) == (STEPS, True)
     validation = rows_of(workdir, "val_loss")
     assert [step for step, _ in validation] == [6, 12]
@@ -115,10 +118,13 @@ def test_returned_values(finished):
     loaded, params, step = load_params(workdir)
     assert (loaded, step) == (config, STEPS)
     assert result["parameters"] == sum(x.size for x in jax.tree.leaves(params)) > 2 * 257 * 12
-    assert len(result["ngram_losses"]) == 2
-    assert all(0 < loss < np.log(257) for loss in result["ngram_losses"])
+    assert set(result["ngram_losses"]) == {"bytes"}  # which the tokens are
+    assert len(result["ngram_losses"]["bytes"]) == 2
+    assert all(0 < loss < np.log(257) for loss in result["ngram_losses"]["bytes"])
+    assert result["nats_per_byte"] == pytest.approx(result["val_loss"])
     assert isinstance(result["sample"], str)
     assert 1 <= len(result["sample"]) <= 5
+    assert result["longest_copy"] in result["sample"]
 
 
 def test_best_differs_from_last(finished, tmp_path, capsys):
@@ -173,7 +179,7 @@ def test_resumes_bit_exact_after_sigkill(finished, tmp_path, compilation_cache):
 
     (output,) = finish(launch(config, workdir))
     assert f"resumed {workdir} at step {checkpoint}\n" in output
-    assert f"  this model  {result['val_loss']:.3f}\n" in output
+    assert f"({result['val_loss']:.3f} per token)\n" in output
     for key in ("loss", "grad_norm", "learning_rate", "targets", "tokens", "val_loss"):
         assert rows_of(workdir, key) == rows_of(reference, key), key  # the same numbers, each step once
     assert [step for step, _ in rows_of(workdir, "loss")] == list(range(1, STEPS + 1))
