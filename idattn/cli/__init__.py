@@ -38,6 +38,7 @@ PROGRAMS = {
     "plot-ideal": "idattn.cli.plot_ideal",
 }
 TRACEBACK = "IDATTN_TRACEBACK"
+_STORING = ("train", "generate", "evaluate")  # programs that store what they compile for the next start
 # Errors that tell of a mistake of the user, wherever they come from, and those that do if this package raises them.
 _ALWAYS = (flags.Error, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _OURS = (ValueError, NotImplementedError, ImportError, OSError)
@@ -96,6 +97,8 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.argv = [f"idattn {name}", *arguments]  # where config flags look for the settings that they override
+    if name in _STORING:
+        _store_compiled_programs()
     try:
         module = load(name)
         if {"--help", "-h"} & {*arguments}:
@@ -109,6 +112,19 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"idattn {name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _store_compiled_programs() -> None:
+    """Have JAX store programs in the user's cache, unless it runs already, a place is named, or none can be written."""
+    if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "idattn"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none that may be written to
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def _parse(argv: list[str]) -> list[str]:

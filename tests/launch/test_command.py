@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import idattn
-from idattn.cli import PROGRAMS
+from idattn.cli import PROGRAMS, _store_compiled_programs
 
 ROOT = Path(__file__).parents[2]
 FAKE = '''"""A program that fails."""
@@ -122,3 +123,23 @@ def test_libtpu_is_silent_where_there_is_no_tpu(libtpu):
         process.terminate()
         _, errors = process.communicate()
     assert (devices, errors, process.returncode) == (b"[CpuDevice(id=0)]\n", b"", -signal.SIGTERM)
+
+
+def test_compiled_programs_are_stored_where_that_is_possible(tmp_path, monkeypatch):
+    """In the user's cache; not where the environment names a place, JAX runs already, or nothing may be written."""
+    stored = "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(stored, "elsewhere")
+    _store_compiled_programs()
+    assert os.environ[stored] == "elsewhere" and not (tmp_path / "cache").exists()
+    monkeypatch.delenv(stored)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    _store_compiled_programs()
+    assert stored not in os.environ
+    monkeypatch.delitem(sys.modules, "jax")
+    _store_compiled_programs()
+    assert os.environ.pop(stored) == str(tmp_path / "cache" / "idattn")
+    for nowhere in ("/proc", "/dev/null"):
+        monkeypatch.setenv("XDG_CACHE_HOME", nowhere)
+        _store_compiled_programs()
+        assert stored not in os.environ

@@ -27,10 +27,12 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    """(finished process, workdir) of a run of three steps."""
+    """(finished process, workdir) of a run of three steps, which stores the programs that it compiles."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "-m", "launch.train", *TINY, f"--config.data.source={corpus}", f"--workdir={workdir}"]
-    settings = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    settings = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    settings["XDG_CACHE_HOME"] = str(workdir.parent / "cache")
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=180), workdir
 
 
@@ -41,6 +43,8 @@ def test_train(trained):
     assert "validation loss on b, nats per byte\n  n-grams of order" in done.stdout
     assert re.search(r"\n  bytes +\d\.\d{3}\n  this model +(\d\.\d{3})  \(\1 per token\)\n", done.stdout)
     assert "\nsample\n  ab|" in done.stdout
+    cache = workdir.parent / "cache" / "idattn"
+    assert f"compiled programs are stored in {cache}\n" in done.stdout and list(cache.glob("jit__step-*"))
     assert f"loss curves: {workdir / 'loss.png'}\n" in done.stdout
     config = json.loads((workdir / "config.json").read_text())
     assert (config["model"]["mixers"], config["train"]["steps"], config["optim"]["peak_lr"]) == (["softmax"], 3, 5e-3)
