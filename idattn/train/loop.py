@@ -130,8 +130,9 @@ class _Run:
                 f"{jax.local_devices()[0].device_kind}{f' ({axes})' if axes else ''}; "
                 + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
             )
-            if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
-                _print(f"compiled programs are stored in {jax.config.jax_compilation_cache_dir}")
+            stored_in = jax.config.read("jax_compilation_cache_dir")
+            if stored_in and jax.config.read("jax_enable_compilation_cache"):
+                _print(f"compiled programs are stored in {stored_in}")
             with MetricsWriter(self.workdir, start) if _is_main_process() else nullcontext() as self.writer:
                 if self.writer:
                     history = read_metrics(self.workdir / "metrics.jsonl")
