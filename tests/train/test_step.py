@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.helpers import assert_close
+from support.mixers import EACH
 
-from idattn.choices import MIXERS
 from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from idattn.train.optim import learning_rate
 from idattn.train.step import Trainer
@@ -222,11 +222,7 @@ def test_skips_as_many_not_finite_steps_as_it_may():
     assert (int(metrics["not_finite"]), int(state["step"])) == (3, 5)
 
 
-# Made of what the others are made of.
-ALIKE = ("interdomain_norope", "s4d_rope", "dual_linear", "dual_linear_norope", "single_query_norope")
-
-
-@pytest.mark.parametrize("mixer", [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in MIXERS])
+@pytest.mark.parametrize("mixer", EACH)
 def test_overfits_one_batch(mixer, trainer):
     """Interdomain with the chunkwise backend; the others with the one that compiles faster."""
     batch = make_batch()
