@@ -130,8 +130,7 @@ class _Run:
                 f"{jax.local_devices()[0].device_kind}{f' ({axes})' if axes else ''}; "
                 + (f"resumed {self.workdir} at step {start}" if restored else f"new run in {self.workdir}")
             )
-            stored_in = jax.config.read("jax_compilation_cache_dir")
-            if stored_in and jax.config.read("jax_enable_compilation_cache"):
+            if stored_in := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
                 _print(f"compiled programs are stored in {stored_in}")
             with MetricsWriter(self.workdir, start) if _is_main_process() else nullcontext() as self.writer:
                 if self.writer:
