@@ -59,6 +59,7 @@ class SSMConfig:
     delta_min: float = 1e-3  # Delta starts log-uniform in [delta_min, delta_max] [P]
     delta_max: float = 0.1
     rope_position: str = "before"  # RoPE "before" the feature map [P], or "after" it
+    denominator: bool = False  # divide by what the same readout makes of values of 1, as in eq. 8 [P: no, eq. 13]
     output_gate: bool = False  # multiply the heads' outputs by SiLU(W_g x) [P: off]
     norm_bias_init: float = 0.0  # start of the biases b_k, b_v of eq. 12 [O]
 
@@ -82,6 +83,8 @@ class SSMConfig:
                     f"write={self.write!r} needs feature_map='silu_l2', whose keys have length 1, "
                     f"not {self.feature_map!r}."
                 )
+            if self.denominator:
+                raise ValueError(f"denominator needs write='add', as {self.write!r} does not add up values of 1.")
         check_choice("a_init", self.a_init, BASES)
         check_choice("c", self.c, ("full", "diagonal", "identity"))
         check_choice("c_init", self.c_init, ("normal", "eye"))
@@ -147,6 +150,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of a head: the features R of a key and the channels E of a value."""
         return self.model_dim // self.num_heads
+
+    @property
+    def state_width(self) -> int:
+        """R + E, the features and channels in a state, and a channel for the denominator where there is one."""
+        return 2 * self.head_dim + self.ssm.denominator
 
     @property
     def num_kv_heads(self) -> int:

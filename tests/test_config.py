@@ -127,6 +127,7 @@ BROKEN = [
         {"write": "delta", "feature_map": "none"},
         "write='delta' needs feature_map='silu_l2', whose keys have length 1, not 'none'.",
     ),
+    (SSM, {"write": "delta", "denominator": True}, "denominator needs write='add', as 'delta' does not add up values "),
     unknown(SSM, "core", "clok", "clock"),
     unknown(SSM, "write", "dleta", "delta"),
     unknown(SSM, "readout", "hermitain", "hermitian"),
@@ -281,7 +282,7 @@ def test_from_config_dict_names_key_and_path(changes, message):
 
 def test_configs_stored_before_a_setting_was_there():
     values = nested()
-    for name in ("feature_map", "input_norms", "a_init", "core", "write"):
+    for name in ("feature_map", "input_norms", "denominator", "a_init", "core", "write"):
         del values["model"]["ssm"][name]
     assert from_config_dict(values) == CONFIG
     assert from_config_dict(values).identity() == CONFIG.identity()

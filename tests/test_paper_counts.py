@@ -124,6 +124,16 @@ def test_less_of_the_layer_by_hand():
     assert forward_flops_per_token(less, 1) == forward_flops_per_token(model, 1) - taps
 
 
+def test_a_denominator_by_hand():
+    """A channel more in every state, of which the update takes 10 operations a mode, and the readout 4."""
+    model = config_of("125M", "interdomain").model
+    divided = dataclasses.replace(model, ssm=SSMConfig(denominator=True))
+    assert count_parameters(divided) == count_parameters(model)
+    assert state_size(divided, "interdomain", 1) == 12 * 2 * 64 * (64 + 64 + 1)
+    more = 12 * 12 * 14 * 64
+    assert forward_flops_per_token(divided, 1) == forward_flops_per_token(model, 1) + more
+
+
 def test_random_features_by_hand():
     """Constants, no parameters; every head of queries and of keys is multiplied by a matrix of 64 frequencies."""
     model = config_of("125M", "interdomain").model

@@ -152,6 +152,21 @@ def test_accumulation_and_shared_states_on_a_mesh(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(conv_width=0, input_norms=False, feature_map="none"),
+        dict(feature_map="softmax", heads_per_kv=2),
+    ],
+    ids=str,
+)
+def test_options_of_the_layer_on_a_mesh(one_device, options):
+    assert_same_step(
+        run_step(make_config(("interdomain",), MESHES["all"], **options)), one_device(("interdomain",), **options)
+    )
+
+
+@pytest.mark.slow
 def test_muon_too(one_device):
     """Newton-Schulz steps are products of whole matrices, also where those are split."""
     options = dict(optimizer="muon")
@@ -227,9 +242,14 @@ def test_what_crosses_does_not_depend_on_the_length():
     assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
 
 
-def test_a_state_passes_through_shards():
+@pytest.mark.parametrize(
+    "options",
+    [dict(c_init_scale=4.0), dict(denominator=True, readout="hermitian", c="identity", feature_map="positive")],
+    ids=str,
+)
+def test_a_state_passes_through_shards(options):
     """Two calls with the state between them are one call, though each is split over four devices."""
-    layer = nnx.jit(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, c_init_scale=4.0))()
+    layer = nnx.jit(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, **options))()
     graphdef, params = nnx.split(layer)
     x = jax.random.normal(jax.random.key(0), (B, 2 * T, 16))
     ids = jnp.concatenate([segment_ids(), segment_ids()[::-1]], axis=1)

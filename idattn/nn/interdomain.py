@@ -56,6 +56,8 @@ class InterdomainAttention(_Adaptable):
       delta_min: the step sizes Delta start log-uniform in [delta_min, delta_max]. Greater than 0.
       delta_max: at least `delta_min`.
       rope_position: rotary positions "before" or "after" the feature map.
+      denominator: divide by what the same readout makes of values of 1 (eq. 8), which the paper's layer leaves out; the
+        state has a row more.
       output_gate: multiply the heads' outputs by SiLU(W_g x).
       norm_bias_init: start of the biases b_k, b_v of eq. 12.
 
@@ -88,6 +90,7 @@ class InterdomainAttention(_Adaptable):
         delta_min: float = 1e-3,
         delta_max: float = 0.1,
         rope_position: str = "before",
+        denominator: bool = False,
         output_gate: bool = False,
         norm_bias_init: float = 0.0,
     ):
@@ -95,7 +98,7 @@ class InterdomainAttention(_Adaptable):
             num_modes=num_modes, heads_per_kv=heads_per_kv, conv_width=conv_width, feature_map=feature_map,
             input_norms=input_norms, core=core, write=write, readout=readout, a_init=a_init, c=c, c_init=c_init,
             c_init_scale=c_init_scale, delta_min=delta_min, delta_max=delta_max, rope_position=rope_position,
-            output_gate=output_gate, norm_bias_init=norm_bias_init,
+            denominator=denominator, output_gate=output_gate, norm_bias_init=norm_bias_init,
         )  # fmt: skip
         config = ModelConfig(
             vocab_size=1,

@@ -68,9 +68,9 @@ class QueryReadout:
 
     def flops(self, config):
         """y = X_k q, w = C^T f(C y) with the product of the two matrices, o = Re(w^T X_v)."""
-        H, R, M = config.num_heads, config.head_dim, config.ssm.num_modes
+        H, M = config.num_heads, config.ssm.num_modes
         matrix = {"full": 8 * M**2, "diagonal": 8 * M, "identity": 0}[config.ssm.c]
-        return H * (4 * M * R + matrix + 4 * M * R)
+        return H * (4 * M * config.state_width + matrix)
 
 
 class LinearReadout:

@@ -24,11 +24,13 @@ from idattn.ops.planes import complex_multiply
 from idattn.ops.prepare import HeadInputs, Preparation
 from idattn.sharding import is_split, on_shards, param_specs, spec
 
+FLOOR = 1e-9  # in place of denominators that are smaller
+
 
 class SSMMemory(Memory):
     """The states of a layer, and the last inputs of its convolutions."""
 
-    state: jax.Array  # (B, G, R + E, 2M)
+    state: jax.Array  # (B, G, R + E, 2M), with a denominator E is a channel more
     conv_tails: dict[str, jax.Array]  # name of the projection -> (B, conv_width - 1, channels)
 
 
@@ -133,7 +135,13 @@ class SSMCore(nnx.Module):
         if self.readout.by_query:
             q = self._prepare(inputs["query"], documents, rotate=self.rope, mapped=True)  # eq. 10
         controls = {name: projected[name] for name in self.controls(self.config)}
+        if self.config.ssm.denominator:
+            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         o, after = self._attend(q, k, v, controls, after, documents, memory, axis)  # eq. 11, 13
+        if self.config.ssm.denominator:
+            wide = o.astype(jnp.promote_types(o.dtype, jnp.float32))
+            below = wide[..., -1:]
+            o = (wide[..., :-1] / jnp.where(jnp.abs(below) > FLOOR, below, FLOOR)).astype(o.dtype)  # eq. 8
         return checkpoint_name(o.reshape(*projected["key"].shape[:2], -1), "mixer"), after
 
     def _inputs(
@@ -294,10 +302,12 @@ class SSMMixer(Mixer):
     def init_memory(
         self, batch_size: int, max_tokens: int, dtype: jnp.dtype, state_dtype: jnp.dtype | None = None
     ) -> SSMMemory:
-        G, R, M = self.config.num_kv_heads, self.config.head_dim, self.config.ssm.num_modes
+        G, M = self.config.num_kv_heads, self.config.ssm.num_modes
         before, widths = self.config.ssm.conv_width - 1, self._widths()
         tails = {name: jnp.zeros((batch_size, before, widths[name]), dtype) for name in self.core.conv_names}
-        state = jnp.zeros((batch_size, G, 2 * R, 2 * M), state_dtype or jnp.promote_types(dtype, jnp.float32))
+        state = jnp.zeros(
+            (batch_size, G, self.config.state_width, 2 * M), state_dtype or jnp.promote_types(dtype, jnp.float32)
+        )
         return SSMMemory(state, tails)
 
     def memory_specs(self, *lead: str) -> SSMMemory:
@@ -323,11 +333,12 @@ class SSMMixer(Mixer):
         if ssm.feature_map in FEATURES:
             projections += 2 * R * (queries + (narrow if cls.feature_map else 0))  # of a head's channels on frequencies
         # Complex decay of the state and input of [k, v]: 6 + 4 real operations for each of M (R + E) numbers.
-        return projections + 2 * ssm.conv_width * convolved + G * 10 * M * 2 * R + cls.readout.flops(config)
+        core = G * 10 * M * config.state_width + cls.readout.flops(config)
+        return projections + 2 * ssm.conv_width * convolved + core
 
     @classmethod
     def state_size(cls, config: ModelConfig, context: int) -> int:
-        return config.num_kv_heads * 2 * config.ssm.num_modes * 2 * config.head_dim
+        return config.num_kv_heads * 2 * config.ssm.num_modes * config.state_width
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -341,6 +352,8 @@ class SSMMixer(Mixer):
             )
         if ssm.feature_map != "silu_l2" and not (cls.feature_map or cls.readout.by_query):
             raise ValueError(f"feature_map={ssm.feature_map!r} changes nothing in {cls.__name__}, which maps no input.")
+        if not cls.readout.by_query and ssm.denominator:
+            raise ValueError("denominator needs a readout by queries: a linear one has no scores to divide by.")
         if not cls.readout.by_query and config.ssm.heads_per_kv > 1:
             raise ValueError(
                 f"heads_per_kv={config.ssm.heads_per_kv} needs a readout by queries: a linear one has none."

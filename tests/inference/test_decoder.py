@@ -73,9 +73,10 @@ def test_pieces_are_the_whole(both):
 
 
 LESS = dict(conv_width=0, input_norms=False)
+DIVIDED = dict(denominator=True, readout="hermitian", c="identity", feature_map="positive")
 
 
-@pytest.mark.parametrize("options", [LESS, {"feature_map": "none"}, {"feature_map": "positive"}], ids=str)
+@pytest.mark.parametrize("options", [LESS, {"feature_map": "none"}, DIVIDED], ids=str)
 def test_options_of_the_layer_in_a_block(options):
     """Tokens that are decoded in blocks have the log-probabilities of one pass."""
     ssm = SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0, **options)

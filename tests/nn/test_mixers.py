@@ -57,6 +57,7 @@ def silu(x):
 
 SSM_MIXERS = [name for name in MIXERS if issubclass(find_mixer(name), SSMMixer)]
 LESS = ({"conv_width": 0}, {"input_norms": False}, {"feature_map": "none"})  # of the layer
+DIVIDED = {"denominator": True, "readout": "hermitian", "c": "identity", "feature_map": "positive"}
 RANDOM = ({"feature_map": "positive"}, {"feature_map": "softmax", "rope_position": "after"})
 
 
@@ -65,6 +66,8 @@ RANDOM = ({"feature_map": "positive"}, {"feature_map": "softmax", "rope_position
     [
         *((name, {"output_gate": name == "s4d"}) for name in SSM_MIXERS),
         *((name, options) for name in ("interdomain", "single_query", "dual_linear") for options in LESS + RANDOM),
+        *((name, DIVIDED | {"output_gate": True}) for name in ("interdomain", "single_query")),
+        ("interdomain", DIVIDED | {"feature_map": "silu_l2", "input_norms": False}),
     ],
     ids=str,
 )
@@ -114,10 +117,12 @@ def test_ssm_mixers_equal_their_definition(name, options):
     v = normalise("value_norm", value.reshape(B, T, 2, 6))
     basis = state["basis"]
     case = {name: basis[name] for name in ("log_delta", "a_log", "a_imag")}
-    case |= {"c_re": basis["c"][0], "c_im": basis["c"][1]}
+    case |= {"c_re": basis["c"][0], "c_im": basis["c"][1]} if "c" in basis else {}
     if kind.readout.by_query:
         q = prepare(convolve("query", z @ state["query"]["weight"]), True)
-        o, _ = oracles.forward(case | {"q": q, "k": k, "v": v}, "transpose")
+        o, _ = oracles.forward(case | {"q": q, "k": k, "v": v}, ssm.readout)
+        if ssm.denominator:
+            o = o / oracles.forward(case | {"q": q, "k": k, "v": np.ones_like(v)}, ssm.readout)[0]
     else:
         o, _ = oracles.linear_forward(case | {"z": np.concatenate([k, v], -1), "c_out": state["c_out"]})
     o = o.reshape(B, T, -1)
@@ -164,6 +169,8 @@ SSM_OPTIONS = [
     {"conv_width": 1},
     *LESS,
     *RANDOM,
+    DIVIDED,
+    DIVIDED | {"core": "clock"},
     {"write": "delta", "input_norms": False},
     {"norm_bias_init": 1.0},
 ]
@@ -202,6 +209,11 @@ def test_a_clock_starts_as_the_paper_and_then_leaves_it():
 def test_mixers_that_map_nothing_refuse_a_feature_map():
     with pytest.raises(ValueError, match="feature_map='none' changes nothing in S4D, which maps no input"):
         make_mixer("s4d", feature_map="none")
+
+
+def test_a_linear_readout_has_no_denominator():
+    with pytest.raises(ValueError, match="denominator needs a readout by queries: a linear one has no scores"):
+        make_mixer("dual_linear", denominator=True)
 
 
 def test_other_mixers_refuse_a_clock():
