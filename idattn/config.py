@@ -182,7 +182,7 @@ class ComputeConfig:
 
     dtype: str = "bfloat16"  # of activations and matrix products; parameters, states and the loss are float32
     backend: str = "auto"  # of idattn.ops.interdomain_attention
-    chunk_size: int = 128  # K, tokens in a chunk of the op
+    chunk_size: int = 0  # K, tokens in a chunk of the op; 0: by platform and backend
     residual_in_float32: bool = False  # the residual stream, to which layers add, instead of in `dtype` [O]
     remat: str = "none"  # what the backward pass recomputes, see REMAT
     scan_layers: bool = True  # False: a step writes the layers out, not as a loop; faster on TPUs, longer to compile
@@ -193,7 +193,8 @@ class ComputeConfig:
         check_choice("dtype", self.dtype, ("bfloat16", "float32", "float64"))
         check_choice("backend", self.backend, (AUTO, *BACKENDS))
         check_choice("remat", self.remat, REMAT)
-        check_at_least(self, 1, "chunk_size", "loss_chunk")
+        check_at_least(self, 0, "chunk_size")
+        check_at_least(self, 1, "loss_chunk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +365,7 @@ def quickstart() -> Config:
             sample_prompt="It was a truth",
             sample_tokens=150,
         ),
-        compute=ComputeConfig(dtype="float32", chunk_size=32),
+        compute=ComputeConfig(dtype="float32"),
     )
 
 

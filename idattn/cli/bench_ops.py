@@ -35,7 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_enum("shape", ["cpu"], list(SHAPES), "Named shapes; may be given several times.")
     flags.DEFINE_multi_integer("seq_len", [4096], "T, tokens; may be given several times.", lower_bound=16)
     flags.DEFINE_multi_enum("backend", ["chunkwise"], ["auto", *BACKENDS], "Backends; may be given several times.")
-    flags.DEFINE_multi_integer("chunk_size", [128], "K, may be given several times.", lower_bound=1)
+    flags.DEFINE_multi_integer("chunk_size", [0], "K, may be given several times; 0: by platform.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "B, sequences.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Dtype of q, k and v.")
     flags.DEFINE_integer("repeats", 5, "Runs, of which the best counts.", lower_bound=1)
@@ -70,16 +70,16 @@ def with_gradients(function):
     return run
 
 
-def backend(name: str, chunk_size: int | None):
-    return lambda q, k, v, basis: interdomain_attention(q, k, v, basis, backend=name, chunk_size=chunk_size)
+def backend(name: str, chunk_size: int):
+    return lambda q, k, v, basis: interdomain_attention(q, k, v, basis, backend=name, chunk_size=chunk_size or None)
 
 
-def worst_error(name: str, chunk_size: int | None, shape, dtype: str) -> float:
+def worst_error(name: str, chunk_size: int, shape, dtype: str) -> float:
     """The largest root-mean-square error of outputs and gradients relative to the literal recurrence."""
     *inputs, basis, g = random_inputs(shape, 1, min(min(FLAGS.seq_len), 512), dtype)
     actual = jax.jit(with_gradients(backend(name, chunk_size)))(g, *inputs, basis)
     wide = [x.astype(jnp.float32) for x in (g, *inputs)]
-    expected = jax.jit(with_gradients(backend("recurrent", None)))(*wide, basis)
+    expected = jax.jit(with_gradients(backend("recurrent", 0)))(*wide, basis)
 
     def error(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -120,8 +120,8 @@ def candidates(shape, platform: str):
     functions = {WRITTEN_OUT: (written_out, False), FLASH: (lambda *x: fused(*x, platform=platform), False)}
     wrong = []
     for name in FLAGS.backend:
-        for chunk_size in FLAGS.chunk_size if name not in ("recurrent", "fft") else [None]:
-            label = name if chunk_size is None else f"{name}, K = {chunk_size}"
+        for chunk_size in FLAGS.chunk_size if name not in ("recurrent", "fft") else [0]:
+            label = f"{name}, K = {chunk_size}" if chunk_size else name
             error = 0.0 if FLAGS.topology else worst_error(name, chunk_size, shape, FLAGS.dtype)
             if error <= TOLERANCE[FLAGS.dtype]:
                 functions[label] = (backend(name, chunk_size), True)

@@ -61,6 +61,6 @@ class AdaptiveCore(SSMCore):
         with jax.named_scope("op"):
             o, state = ops.adaptive_attention(
                 q, k, v, basis, log_steps=log_steps, gains=gains, backend=compute.backend, readout=ssm.readout,
-                chunk_size=compute.chunk_size, segment_ids=segments, initial_state=state, write=write,
+                chunk_size=compute.chunk_size or None, segment_ids=segments, initial_state=state, write=write,
             )  # fmt: skip
         return o, SSMMemory(state, tails)

@@ -92,8 +92,8 @@ class GatedCore(nnx.Module):
             backend = "recurrent" if self.compute.backend == "recurrent" else "chunkwise"
             with jax.named_scope("op"):
                 o, state = ops.gated_attention(
-                    *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size, segment_ids=segments,
-                    initial_state=state,
+                    *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size or None,
+                    segment_ids=segments, initial_state=state,
                 )  # fmt: skip
         gate = jax.nn.silu(projected["gate"]).reshape(o.shape) if self.config.ssm.output_gate else None
         o = self.finish(o, heads["value"], gate).reshape(*o.shape[:2], -1)

@@ -56,7 +56,7 @@ class QueryReadout:
             return o[:, None], state
         with jax.named_scope("op"):  # by which a plan knows it
             return ops.interdomain_attention(
-                q, k, v, basis, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
+                q, k, v, basis, backend=compute.backend, chunk_size=compute.chunk_size or None, segment_ids=segments,
                 initial_state=state, return_state=True, readout=ssm.readout,
             )  # fmt: skip
 
@@ -85,7 +85,7 @@ class LinearReadout:
             return y[:, None], state
         with jax.named_scope("op"):
             return ops.linear_readout(
-                z, basis, c_out, backend=compute.backend, chunk_size=compute.chunk_size, segment_ids=segments,
+                z, basis, c_out, backend=compute.backend, chunk_size=compute.chunk_size or None, segment_ids=segments,
                 initial_state=state, return_state=True,
             )  # fmt: skip
 

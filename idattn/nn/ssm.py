@@ -212,7 +212,7 @@ class SSMCore(nnx.Module):
         self, k: jax.Array, v: jax.Array, basis: Basis, documents: Documents, state: jax.Array | None, axis: str
     ) -> jax.Array:
         """The state at the start of a shard; zero where no document continues from the shard before."""
-        segments, size = documents.segments, self.compute.chunk_size
+        segments, size = documents.segments, self.compute.chunk_size or None
         decay, increment = ops.transfer((k, v), basis, segment_ids=segments, chunk_size=size)
         first = jnp.zeros_like(increment) if state is None else state.astype(increment.dtype)
         decay = where_continued(documents, decay)

@@ -82,8 +82,8 @@ def interdomain_attention(
         with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only), "pallas_gpu"
         (kernels for H100, H200 and A100, which no card has run yet) or "auto" (by the platform that is compiled for:
         pallas_tpu on TPUs where it can run, else chunkwise).
-      chunk_size: tokens in a chunk, at least 1; None for 128. Changes speed and memory only. pallas_tpu needs a
-        multiple of 128, pallas_gpu one of 64.
+      chunk_size: tokens in a chunk, at least 1. Changes speed and memory only. None for 128, but 64 on CPUs and in
+        pallas_gpu. pallas_tpu needs a multiple of 128, pallas_gpu one of 64.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
         -1 marks padding, whose output is 0 and which leaves the state as it is. None for one document a row; or the
         result of `idattn.ops.segments.find_segments`.
@@ -124,7 +124,7 @@ def interdomain_attention(
         if requirement:
             raise ValueError(f"backend={chosen.name!r} needs {requirement}; change that, or use backend='chunkwise'.")
         assert chosen.rule is not None, "a backend without `interdomain` has `rule`"
-        rule = chosen.rule
+        rule = chosen.automatic if chosen.automatic and chunk_size is None else chosen.rule
         if backend == AUTO:
             offers = [
                 (x, x.rule, x.requirement(q, k, v, M, size, dtype))

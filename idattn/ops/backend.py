@@ -19,22 +19,26 @@ class Backend:
     Attributes:
       name: what users call it.
       rule: (forward, backward) over whole chunks, as `idattn.ops.chunks._attend` calls them.
+      automatic: the rule where no chunk size is asked for, which may work in shorter chunks; None for `rule`.
       interdomain: (q, k, v, basis, initial_state, segments, *, readout) -> (o, state), differentiable by JAX.
       linear: (z, basis, c_out, initial_state, segments, *, chunk_size) -> (y, state), likewise; None where there is no
         linear readout.
       platforms: the platforms, of "cpu", "cuda", "rocm" and "tpu", on which "auto" takes it where it can run.
       requirement: (q, k, v, num_modes, chunk_size, dtype) -> what it would need of them, or None if it has all;
         `dtype` is the state's.
+      default_chunk: tokens in a chunk where no number is asked for.
       clips_chunks: whether a chunk may be as short as a sequence that is shorter than `chunk_size`.
       prepare: how it prepares heads, on its platforms; None for `idattn.ops.prepare.COMPOSED`.
     """
 
     name: str
     rule: Rule | None = None
+    automatic: Rule | None = None
     interdomain: Callable[..., Any] | None = None
     linear: Callable[..., Any] | None = None
     platforms: tuple[str, ...] = ()
     requirement: Callable[..., str | None] = lambda q, k, v, num_modes, chunk_size, dtype: None
+    default_chunk: int = DEFAULT_CHUNK_SIZE
     clips_chunks: bool = True
     prepare: PrepareRule | None = None
 
@@ -48,7 +52,7 @@ class Backend:
         Raises:
           ValueError: `chunk_size` is below 1.
         """
-        size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+        size = self.default_chunk if chunk_size is None else chunk_size
         if size < 1:
             raise ValueError(f"{chunk_size=} must be at least 1.")
         is_known = isinstance(T, int)  # else it is a dimension of jax.export, which no number is less than

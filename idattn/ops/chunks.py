@@ -178,6 +178,35 @@ def _attend_backward(rule: Rule, inputs, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def shorter(rule: Rule, K: int) -> Rule:
+    """A rule that does what `rule` does in chunks of K tokens, where those that it is given hold a multiple of K."""
+
+    def cut(tables: Tables, last_chunk: jax.Array) -> tuple[Tables, jax.Array]:
+        size = tables.lags.shape[1]
+        if size % K:
+            return tables, last_chunk
+        lags, decays, spread = (x[:, :K] for x in (tables.lags, tables.decays, tables.spread))
+        return Tables(lags, decays, tables.readout, spread), last_chunk * (size // K)
+
+    def forward(q, k, v, tables: Tables, initial_state, run, last_chunk):
+        short, chunk = cut(tables, last_chunk)
+        return rule[0](q, k, v, short, initial_state, run, chunk)
+
+    def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents):
+        short, chunk = cut(tables, last_chunk)
+        d_q, d_k, d_v, d_tables, d_state = rule[1](q, k, v, short, initial_state, run, chunk, cotangents)
+        # Longer lags are in no chunk.
+        missing = (0, tables.lags.shape[1] - short.lags.shape[1])
+        d_lags, d_decays, d_readout, d_spread = d_tables
+        d_lags, d_decays, d_spread = (
+            jnp.pad(x, [(0, 0), missing, *[(0, 0)] * (x.ndim - 2)]) for x in (d_lags, d_decays, d_spread)
+        )
+        d_tables = Tables(d_lags, d_decays, d_readout, d_spread)
+        return d_q, d_k, d_v, d_tables, d_state
+
+    return forward, backward
+
+
 def final_state(
     inputs: Sequence[jax.Array],
     start: jax.Array,

@@ -230,7 +230,9 @@ def _reach(block: "Block", run):
 
 
 # No platform: "auto" does not take it before a card has run it.
-BACKEND = Backend(name="pallas_gpu", rule=(forward, backward), requirement=requirement, clips_chunks=False)
+BACKEND = Backend(
+    name="pallas_gpu", rule=(forward, backward), requirement=requirement, default_chunk=64, clips_chunks=False
+)
 
 
 def interpreted(interpret) -> Backend:

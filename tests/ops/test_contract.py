@@ -24,6 +24,8 @@ from idattn.ops import (
     pallas_tpu,
     step,
 )
+from idattn.ops.backend import Backend
+from idattn.ops.chunks import shorter
 from idattn.ops.einsum import einsum_f32
 
 XLA_BACKENDS = ("recurrent", "associative", "chunkwise")
@@ -40,6 +42,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 # interpreter of a TPU's memory takes several times as long as XLA takes for the kernel as one program.
 INTERPRETED = {
     "chunkwise on GPUs": chunkwise.ON_GPUS,
+    "chunkwise in halves": Backend(name="chunkwise in halves", rule=shorter(chunkwise.BACKEND.rule, 2)),
     "pallas_tpu": pallas_tpu.interpreted(True),
     "pallas_tpu in memory": pallas_tpu.interpreted(pltpu.InterpretParams(uninitialized_memory="nan")),
     "pallas_gpu": pallas_gpu.interpreted(interpreter()),
@@ -77,6 +80,7 @@ NESTED = Shape(75, 2, 2, "transpose", "full", True, True)  # blocks of blocks of
 FLOAT64 = [
     *(("chunkwise on GPUs", shape) for shape in (SHAPES[0], GROUPS, NESTED)),
     *(("chunkwise", shape) for shape in [*SHAPES, GROUPS]),
+    *(("chunkwise in halves", shape) for shape in (SHAPES[1], SHAPES[4])),
     *(("associative", shape) for shape in [*SHAPES[3:], TOKENS]),
     *(("recurrent", shape) for shape in SHAPES[2:5]),
     *(("fft", shape) for shape in SHAPES[3:]),
@@ -614,6 +618,15 @@ def test_options_change_the_program_and_the_defaults_are_chunkwise():
     o = quick(interdomain_attention)(*arguments)
     expected, _ = oracles.forward(rounded(case, "float32"), "transpose")
     helpers.assert_close(o, expected, "float32", reduction=9 * 5)
+
+
+def test_chunks_are_shorter_on_cpus_unless_a_number_is_asked_for():
+    """By the platform that is compiled for: scores and answers of a chunk are K x (K + 2M)."""
+    case = cast(helpers.random_case(np.random.default_rng(4), B=1, T=256, initial_state=False, **SIZES), "float32")
+    for chunk_size, platform, size in ((None, "cpu", 64), (128, "cpu", 128), (None, "tpu", 128), (None, "cuda", 128)):
+        traced = jax.jit(attention("auto", chunk_size, "transpose")).trace(case)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert [K for K in (64, 128) if f"x{K}x{K + 10}x" in text] == [size], platform
 
 
 _OPTIONS = [("auto", 4), ("fft", None), ("chunkwise", 4), ("chunkwise", 8), ("associative", 4), ("recurrent", 4)]
