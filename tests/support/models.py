@@ -1,6 +1,7 @@
 """Small random models, and what they say of whole sequences."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -18,8 +19,13 @@ MIXERS = [
 ]  # fmt: skip
 
 
-def make_model(*mixers, seed=3, **changes):
-    """A model whose next token depends strongly on what came before."""
+def make_model(*mixers, **options):
+    """A model whose next token depends strongly on what came before; each caller has its own."""
+    return nnx.clone(_make_model(*mixers, **options))
+
+
+@functools.cache
+def _make_model(*mixers, seed=3, **changes):
     values = dict(
         vocab_size=V, model_dim=16, num_heads=4, mlp_dim=24, num_layers=len(mixers), init_std=1.0,
         ssm=SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0),
