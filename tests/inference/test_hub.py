@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from support.models import export_model
+from support.programs import Finished
 from support.runs import ROOT
 
 from idattn.inference import load_weights, pull, push
@@ -98,9 +99,29 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer({"commitUrl": address, "commitOid": f"{len(commits) - 1:040}", "success": True})
 
 
+# Does what it reads: programs with their arguments, or Python if the name is empty; changes its environment.
+CHILD = """
+import contextlib, io, json, os, sys
+from support.programs import run_program
+
+def run(code):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    return [0, out.getvalue(), ""]
+
+for line in sys.stdin:
+    name, *arguments, changes = json.loads(line)
+    os.environ.update(changes)
+    done = run_program(name, *arguments) if name else None
+    answer = [done.returncode, done.stdout, done.stderr] if done else run(*arguments)
+    print(json.dumps(answer), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """(repositories, function that runs Python with this hub as the Hugging Face hub)."""
+    """(repositories, function that runs a program with this hub as the Hugging Face hub, in one other process)."""
     repositories = {}
     server = ThreadingHTTPServer(("localhost", 0), type("OneHub", (Hub,), {"repositories": repositories}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -112,12 +133,19 @@ def hub(tmp_path_factory):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
-    def run(*command, **changes):
-        return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=settings | changes, capture_output=True, text=True, timeout=300
-        )
+    command = [sys.executable, "-c", CHILD]
+    settings["PYTHONPATH"] = f"{ROOT / 'tests'}{os.pathsep}{ROOT}"
+    with subprocess.Popen(
+        command, cwd=ROOT, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
 
-    yield repositories, run
+        def run(*command, **changes):
+            child.stdin.write(json.dumps([*command, {"HF_TOKEN": TOKEN} | changes]) + "\n")
+            child.stdin.flush()
+            return Finished(*json.loads(child.stdout.readline()))
+
+        yield repositories, run
+        child.stdin.close()
     server.shutdown()
     server.server_close()
 
@@ -129,7 +157,7 @@ def exported(tmp_path_factory):
 
 def test_an_export_goes_to_the_hub_and_comes_back(hub, exported):
     repositories, run = hub
-    command = ["-m", "idattn", "export", f"--checkpoint={exported}", "--out=hf:me/small", "--private"]
+    command = ["export", f"--checkpoint={exported}", "--out=hf:me/small", "--private"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"http://localhost:\d+/me/small: the weights of {exported}, step 7\n", done.stdout)
@@ -148,8 +176,7 @@ def test_an_export_goes_to_the_hub_and_comes_back(hub, exported):
         "    model, folder = idattn.load(name), pull(name)\n"
         "    print(json.dumps([model.step, str(folder), sorted(path.name for path in folder.iterdir())]))"
     )
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr
+    done = run("", code)
     for line in done.stdout.splitlines():
         step, folder, names = json.loads(line)
         assert step == 7 and names == ["config.json", "model.safetensors", "tokenizer.bytes"]
@@ -165,15 +192,22 @@ def test_an_export_goes_to_the_hub_and_comes_back(hub, exported):
         (["generate", "--checkpoint=hf:me/none"], {}, "hf:me/none cannot be read or written on the .* hub: .*404"),
         (["generate", "--checkpoint=hf:me/other"], {}, "hf:me/other has no model.safetensors; give a repository that"),
         (["export", "--out=hf:me/new"], {"HF_TOKEN": "another"}, "hf:me/new cannot be read or written .*: .*401"),
-        (["export", "--out=hf:me/new"], {"HF_ENDPOINT": "http://localhost:1"}, "hf:me/new cannot be read or written"),
     ],
 )
 def test_refusals(hub, exported, command, changes, message):
     repositories, run = hub
     repositories["me/other"] = {"commits": [{"README.md": b"a data set"}]}
     given = [] if command[0] == "generate" else [f"--checkpoint={exported}"]
-    done = run("-m", "idattn", *command, *given, **changes)
+    done = run(*command, *given, **changes)
     assert done.returncode == 2 and re.search(rf"^idattn {command[0]}: {message}", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+
+
+def test_no_hub(exported):
+    settings = os.environ | {"HF_ENDPOINT": "http://localhost:1", "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "idattn", "export", "--out=hf:me/new", f"--checkpoint={exported}"]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("idattn export: hf:me/new cannot be read or written")
     assert "Traceback" not in done.stderr
 
 
