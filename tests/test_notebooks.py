@@ -87,6 +87,7 @@ def test_layer(execute, tmp_path):
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
+@pytest.mark.slow  # it calls what the first notebook does, for two mixers
 def test_compare(execute, tmp_path):
     text = execute("03_compare.ipynb", tmp_path)
     for name in ("softmax", "s4d"):
