@@ -21,11 +21,11 @@ MIXERS = [
 
 def make_model(*mixers, **options):
     """A model whose next token depends strongly on what came before; each caller has its own."""
-    return nnx.clone(_make_model(*mixers, **options))
+    return nnx.clone(_make_model(jax.devices()[0], jax.sharding.get_abstract_mesh(), *mixers, **options))
 
 
 @functools.cache
-def _make_model(*mixers, seed=3, **changes):
+def _make_model(_device, _mesh, *mixers, seed=3, **changes):  # whose arrays are there
     values = dict(
         vocab_size=V, model_dim=16, num_heads=4, mlp_dim=24, num_layers=len(mixers), init_std=1.0,
         ssm=SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0),
