@@ -151,6 +151,16 @@ BROKEN = [
     ),
     (MODEL, {"num_heads": 5}, "num_heads=5 must divide model_dim=12."),
     (MODEL, {"ssm": SSMConfig(heads_per_kv=3)}, "heads_per_kv=3 must divide num_heads=2."),
+    (
+        MODEL,
+        {"mixers": ("s4d",), "ssm": SSMConfig(feature_map="none")},
+        "feature_map='none' changes nothing in S4D, which maps no input.",
+    ),
+    (
+        MODEL,
+        {"mixers": ("dual_linear",), "ssm": SSMConfig(denominator=True)},
+        "denominator needs a readout by queries: a linear one has no scores to divide by.",
+    ),
     (MODEL, {"num_heads": 4}, "head_dim=3 (model_dim / num_heads) must be even for rotary positions."),
     *at_least(COMPUTE, 0, "chunk_size"),
     *at_least(COMPUTE, 1, "loss_chunk"),

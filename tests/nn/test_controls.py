@@ -1,4 +1,4 @@
-"""The controls against their definitions in NumPy."""
+"""The controls against their definitions in NumPy, and where options of the layer end."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from support.helpers import assert_close
 
 from idattn.choices import find_mixer
 from idattn.config import ComputeConfig, ModelConfig
+from idattn.nn import InterdomainAttention
 
 B, T, D, H, R = 2, 11, 12, 2, 6
 
@@ -45,3 +46,12 @@ def test_softmax_of_convolved_heads_equals_its_definition():
     expected = o.reshape(B, T, D) @ state["output"]["weight"]
     y, _ = mixer(jnp.asarray(x), segment_ids=jnp.asarray([document] * B))
     assert_close(y, expected, "float32", reduction=T * D)
+
+
+def test_a_denominator_of_zero_is_replaced():
+    """Queries of 0 read 0 / 0, for which the outputs are 0 and the gradients finite."""
+    layer = InterdomainAttention(D, H, rngs=nnx.Rngs(0), num_modes=5, denominator=True)
+    layer.query.weight[...] = jnp.zeros_like(layer.query.weight[...])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+    total, gradients = nnx.jit(nnx.value_and_grad(lambda layer, x: layer(x)[0].sum()))(layer, x)
+    assert total == 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))

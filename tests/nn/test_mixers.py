@@ -206,16 +206,6 @@ def test_a_clock_starts_as_the_paper_and_then_leaves_it():
     np.testing.assert_array_equal(run(both, x, ids)[0][:, 4:], run(both, other, ids)[0][:, 4:])
 
 
-def test_mixers_that_map_nothing_refuse_a_feature_map():
-    with pytest.raises(ValueError, match="feature_map='none' changes nothing in S4D, which maps no input"):
-        make_mixer("s4d", feature_map="none")
-
-
-def test_a_linear_readout_has_no_denominator():
-    with pytest.raises(ValueError, match="denominator needs a readout by queries: a linear one has no scores"):
-        make_mixer("dual_linear", denominator=True)
-
-
 def test_other_mixers_refuse_a_clock():
     with pytest.raises(ValueError, match="core='clock' and write='add' are for the mixers interdomain"):
         make_mixer("s4d", core="clock")
