@@ -36,6 +36,6 @@ def get_config(argument: str = "0.8M,interdomain,1"):
             data=DataConfig(source=FOLDER, holdout=(), tokenizer=f"{FOLDER}/tokenizer.model", seq_len=512),
             optim=OptimConfig(peak_lr=4e-3, warmup_steps=40),
             train=TrainConfig(steps=400, batch_size=8, eval_every=100, eval_batches=16, checkpoint_every=100),
-            compute=ComputeConfig(dtype="float32", chunk_size=64),
+            compute=ComputeConfig(dtype="float32"),
         ),
     )
