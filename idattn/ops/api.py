@@ -124,7 +124,9 @@ def interdomain_attention(
         if requirement:
             raise ValueError(f"backend={chosen.name!r} needs {requirement}; change that, or use backend='chunkwise'.")
         assert chosen.rule is not None, "a backend without `interdomain` has `rule`"
-        rule = chosen.automatic if chosen.automatic and chunk_size is None else chosen.rule
+        rule = chosen.rule
+        if chosen.cpu_chunk and chunk_size is None:
+            rule = chunks.shorter_on_cpus(rule, chosen.cpu_chunk)
         if backend == AUTO:
             offers = [
                 (x, x.rule, x.requirement(q, k, v, M, size, dtype))

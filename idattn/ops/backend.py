@@ -19,7 +19,6 @@ class Backend:
     Attributes:
       name: what users call it.
       rule: (forward, backward) over whole chunks, as `idattn.ops.chunks._attend` calls them.
-      automatic: the rule where no chunk size is asked for, which may work in shorter chunks; None for `rule`.
       interdomain: (q, k, v, basis, initial_state, segments, *, readout) -> (o, state), differentiable by JAX.
       linear: (z, basis, c_out, initial_state, segments, *, chunk_size) -> (y, state), likewise; None where there is no
         linear readout.
@@ -27,18 +26,19 @@ class Backend:
       requirement: (q, k, v, num_modes, chunk_size, dtype) -> what it would need of them, or None if it has all;
         `dtype` is the state's.
       default_chunk: tokens in a chunk where no number is asked for.
+      cpu_chunk: likewise on CPUs, a part of `default_chunk`; None for that.
       clips_chunks: whether a chunk may be as short as a sequence that is shorter than `chunk_size`.
       prepare: how it prepares heads, on its platforms; None for `idattn.ops.prepare.COMPOSED`.
     """
 
     name: str
     rule: Rule | None = None
-    automatic: Rule | None = None
     interdomain: Callable[..., Any] | None = None
     linear: Callable[..., Any] | None = None
     platforms: tuple[str, ...] = ()
     requirement: Callable[..., str | None] = lambda q, k, v, num_modes, chunk_size, dtype: None
     default_chunk: int = DEFAULT_CHUNK_SIZE
+    cpu_chunk: int | None = None
     clips_chunks: bool = True
     prepare: PrepareRule | None = None
 

@@ -207,6 +207,15 @@ def shorter(rule: Rule, K: int) -> Rule:
     return forward, backward
 
 
+def shorter_on_cpus(rule: Rule, K: int) -> Rule:
+    """`rule`, but in chunks of K tokens where it is compiled for a CPU."""
+    (forward, backward), (short_forward, short_backward) = rule, shorter(rule, K)
+    return (
+        lambda *arguments: jax.lax.platform_dependent(*arguments, cpu=short_forward, default=forward),
+        lambda *arguments: jax.lax.platform_dependent(*arguments, cpu=short_backward, default=backward),
+    )
+
+
 def final_state(
     inputs: Sequence[jax.Array],
     start: jax.Array,

@@ -31,12 +31,11 @@ from idattn.ops.chunk_arrays import (
     to_lags,
     to_tokens,
 )
-from idattn.ops.chunks import Tables, apply_readout, merge_axes, shorter, zero_state
+from idattn.ops.chunks import Tables, apply_readout, merge_axes, zero_state
 from idattn.ops.einsum import einsum_f32
 from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, to_planes
 from idattn.ops.scans import Scan, associative_scan, blocked_scan, sequential_scan
 
-CPU_CHUNK = 64  # tokens of a chunk on CPUs, unless a number is asked for
 GPU_TOKENS = 2**19  # of all rows and heads: on GPUs as many chunks as have so many, if that is more than GROUP
 
 
@@ -289,19 +288,18 @@ def on_gpus(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _by_platform(function: Callable[..., Any], **others: Callable[..., Any]) -> Callable[..., Any]:
+def _by_platform(function: Callable[..., Any]) -> Callable[..., Any]:
     gpu = on_gpus(function)
-    return lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=gpu, rocm=gpu, default=function, **others)
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=gpu, rocm=gpu, default=function)
 
 
 # What `BACKEND` is on GPUs: for tests.
 ON_GPUS = Backend(name="chunkwise on GPUs", rule=(on_gpus(forward), on_gpus(backward)), linear=chunk_linear.linear)
-_ON_CPUS = shorter((forward, backward), CPU_CHUNK)
 BACKEND = Backend(
     name="chunkwise",
     rule=(_by_platform(forward), _by_platform(backward)),
-    automatic=(_by_platform(forward, cpu=_ON_CPUS[0]), _by_platform(backward, cpu=_ON_CPUS[1])),
     linear=chunk_linear.linear,
+    cpu_chunk=64,
 )
 ASSOCIATIVE = Backend(
     name="associative",

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
         d_q, *others = chunkwise.backward(*arguments)
         return d_q * 1.01, *others
 
-    record = dataclasses.replace(chunkwise.BACKEND, rule=(chunkwise.forward, wrong), automatic=None)
+    record = dataclasses.replace(chunkwise.BACKEND, rule=(chunkwise.forward, wrong))
     monkeypatch.setattr(gpu_check, "candidates", lambda tiny: [record])
     with pytest.raises(SystemExit, match="^FAILED: documents-float32 with chunkwise; what did not hold is not timed$"):
         run(tmp_path, "--tiny")
