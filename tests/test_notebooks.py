@@ -91,7 +91,7 @@ def test_layer(execute, tmp_path):
 def test_compare(execute, tmp_path):
     text = execute("03_compare.ipynb", tmp_path)
     for name in ("softmax", "s4d"):
-        assert re.search(rf"\| {name} \| [\d,]+ \| \d\.\d{{4}} \| [\d,]+ \| [\d,]+ \|", text)
+        assert re.search(rf"\| {name} \| [\d,]+ \| \d\.\d{{4}} \| [\d,]+ \|", text)
 
 
 def test_pod(libtpu, execute):
