@@ -71,7 +71,7 @@ def ngram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int, max_o
 
 
 def ngram_table(
-    train: np.ndarray, validation: np.ndarray, tokenizer: Tokenizer, max_order: int
+    train: np.ndarray, validation: np.ndarray, tokenizer: Tokenizer, max_order: int, num_bytes: int
 ) -> dict[str, list[float]]:
     """Losses of n-gram models in nats per byte of the validation text, so that tokens of any size compare.
 
@@ -80,6 +80,7 @@ def ngram_table(
       validation: (tokens,) likewise.
       tokenizer: of the ids.
       max_order: as for `ngram_nats`.
+      num_bytes: of the validation text, as `count_bytes` counts them.
 
     Returns:
       By order from 1, of the text's "bytes" and, unless these are the tokens, of its "tokens".
@@ -87,14 +88,14 @@ def ngram_table(
     Raises:
       ValueError: as `ngram_nats`.
     """
-    size, tables = count_bytes(validation, tokenizer), {}
     in_bytes = load_tokenizer("bytes")
-    for name, target in {"bytes": in_bytes, "tokens": tokenizer}.items():
-        if name == "tokens" and tokenizer.fingerprint == in_bytes.fingerprint:
-            continue
+    is_bytes = tokenizer.fingerprint == in_bytes.fingerprint
+    targets = {"bytes": tokenizer} if is_bytes else {"bytes": in_bytes, "tokens": tokenizer}
+    tables = {}
+    for name, target in targets.items():
         fitted, held_out = (_recode(stream, tokenizer, target) for stream in (train, validation))
         losses = ngram_nats(fitted, held_out, target.vocab_size, max_order)
-        tables[name] = [loss * (len(held_out) - 1) / size for loss in losses]
+        tables[name] = [loss * (len(held_out) - 1) / num_bytes for loss in losses]
     return tables
 
 

@@ -310,9 +310,9 @@ class _Run:
         if settings.ngram_orders and self.train_windows[0].is_text:
             parts = self.train_windows, self.val_windows
             train, validation = (np.concatenate([windows.stream[:] for windows in part]) for part in parts)
-            result["ngram_losses"] = ngram_table(train, validation, self.tokenizer, settings.ngram_orders)
-            targets = np.count_nonzero(validation != self.tokenizer.bos_id)
-            tokens_per_byte = targets / count_bytes(validation, self.tokenizer)
+            size = count_bytes(validation, self.tokenizer)
+            result["ngram_losses"] = ngram_table(train, validation, self.tokenizer, settings.ngram_orders, size)
+            tokens_per_byte = np.count_nonzero(validation != self.tokenizer.bos_id) / size
             result["nats_per_byte"] = float(self.val_loss * tokens_per_byte)
             print(f"\nvalidation loss on {held_out}, nats per byte")
             print(f"  {'n-grams of order':<18}{''.join(f'{n:>7}' for n in range(1, settings.ngram_orders + 1))}")

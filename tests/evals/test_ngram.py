@@ -91,13 +91,13 @@ def test_table_in_nats_per_byte(tmp_path):
 
     size = len("".join(held_out).encode())
     assert count_bytes(stream(held_out, pieces), pieces) == count_bytes(stream(held_out, in_bytes), in_bytes) == size
-    table = ngram_table(stream(texts, pieces), stream(held_out, pieces), pieces, 3)
+    table = ngram_table(stream(texts, pieces), stream(held_out, pieces), pieces, 3, size)
     assert list(table) == ["bytes", "tokens"]
     for name, tokenizer in {"bytes": in_bytes, "tokens": pieces}.items():
         train, validation = stream(texts, tokenizer), stream(held_out, tokenizer)
         sums = np.array(ngram_nats(train, validation, tokenizer.vocab_size, 3)) * (len(validation) - 1)
         np.testing.assert_allclose(table[name], sums / size, rtol=1e-12)
-    alone = ngram_table(stream(texts, in_bytes), stream(held_out, in_bytes), in_bytes, 3)
+    alone = ngram_table(stream(texts, in_bytes), stream(held_out, in_bytes), in_bytes, 3, size)
     assert alone == {"bytes": table["bytes"]}
 
 
