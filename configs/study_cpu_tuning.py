@@ -30,11 +30,11 @@ RATES = {"lr=0.008": Trial(8e-3), "lr=0.016": Trial(1.6e-2), "lr=0.004": Trial(4
 WITH_MODES = RATES | {"c=2^-8": Trial(8e-3, c_init_scale=1 / 256), "delta=0.008": Trial(8e-3, delta_min=8e-3)}
 WITHOUT = RATES | {"lr=0.002": Trial(2e-3), "lr=0.032": Trial(3.2e-2)}
 MIXERS = (*CELLS, "softmax_conv", "linear")
-TRIALS = {  # one trial of every mixer after another
+OF_MIXERS = [(WITHOUT if mixer in ("softmax", "softmax_conv", "linear") else WITH_MODES).items() for mixer in MIXERS]
+TRIALS = {  # the first of every mixer, then the second
     f"{mixer}+{name}": (mixer, trial)
-    for number in range(5)
-    for mixer in MIXERS
-    for name, trial in [[*(WITHOUT if mixer in ("softmax", "softmax_conv", "linear") else WITH_MODES).items()][number]]
+    for trials in zip(*OF_MIXERS, strict=True)
+    for mixer, (name, trial) in zip(MIXERS, trials, strict=True)
 }
 STUDY = Study(cells=grid(["0.8M"], TRIALS, [42]), prepare=study_cpu.STUDY.prepare, evaluate=("--tasks=perplexity",))
 

@@ -351,27 +351,18 @@ def quickstart() -> Config:
     """
     return Config(
         model=ModelConfig(
-            vocab_size=2048,
-            model_dim=128,
-            num_layers=4,
-            num_heads=4,
-            mlp_dim=384,
+            vocab_size=2048, model_dim=128, num_layers=4, num_heads=4, mlp_dim=384,
             ssm=SSMConfig(num_modes=32, delta_min=8e-3),  # 2 / T: no mode outlasts a window by far
         ),
         data=DataConfig(tokenizer="bpe:2048", seq_len=256),
         optim=OptimConfig(name="muon", peak_lr=5e-3, warmup_steps=20, final_lr=0.0),
         train=TrainConfig(
-            steps=400,
-            batch_size=8,
-            eval_every=200,
+            steps=400, batch_size=8, eval_every=200, checkpoint_every=200, ngram_orders=7,
             eval_batches=100,  # more than there are: all of Persuasion
-            checkpoint_every=200,
-            ngram_orders=7,
-            sample_prompt="It was a truth",
-            sample_tokens=150,
+            sample_prompt="It was a truth", sample_tokens=150,
         ),
         compute=ComputeConfig(dtype="float32", scan_layers=False),  # a tenth faster, and compiled in seconds
-    )
+    )  # fmt: skip
 
 
 def to_config_dict(config: Config) -> ConfigDict:

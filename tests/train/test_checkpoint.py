@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from support.helpers import defined_flags, run_main
+from support.models import run_of
 
 from idattn.cli import export
-from idattn.config import DataConfig, quickstart
+from idattn.config import quickstart
 from idattn.data import load_tokenizer, train_tokenizer
 from idattn.data.stream import sha256_of
 from idattn.inference import names as names_lib
@@ -27,7 +28,7 @@ from idattn.train import checkpoint as checkpoint_lib
 from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
 from idattn.train.folders import damage_of
 
-CONFIG = dataclasses.replace(quickstart(), data=DataConfig(seq_len=16))
+CONFIG = run_of(quickstart().model)
 
 
 @functools.cache
