@@ -10,7 +10,7 @@ from flax import nnx
 from idattn.choices import find_mixer
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, find_documents
-from idattn.nn.layers import Linear, RMSNorm, param
+from idattn.nn.layers import Linear, RMSNorm, param, silu_gate
 from idattn.sharding import constrain, gathered, param_specs, spec
 
 _POLICIES = {  # for the backward pass, see `idattn.config.REMAT`
@@ -37,7 +37,7 @@ class SwiGLU(nnx.Module):
         self.down = Linear(F, D, ("F", "D"), std=residual_std, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(silu_gate(self.gate(x), self.up(x)))
 
 
 class Block(nnx.Module):

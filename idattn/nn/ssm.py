@@ -15,7 +15,7 @@ from idattn import ops
 from idattn.choices import FEATURES
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, at_last_token, exclusive_scan, where_continued
-from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param
+from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param, silu_gate
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
 from idattn.ops import Basis, blockwise
@@ -296,7 +296,7 @@ class SSMMixer(Mixer):
         in_specs += (None if memory is None else memories,)
         o, memory = on_shards(core, in_specs, (heads, memories))(params, projected, documents, memory)
         if self.gate is not None:
-            o = jax.nn.silu(self.gate(x)) * o
+            o = silu_gate(self.gate(x), o)
         return self.output(o), memory
 
     def init_memory(

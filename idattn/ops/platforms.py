@@ -1,10 +1,13 @@
-"""Programs that one platform can run: a number where they are compiled for it, an error elsewhere."""
+"""What depends on the platform that is compiled for: programs that one can run, functions that one keeps apart."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -32,3 +35,21 @@ for _platform in _NAMES:
 def requires(platform: str, backend: str) -> jax.Array:
     """0 where it is compiled for the platform, "tpu" or "cuda"; NotImplementedError, of the backend, elsewhere."""
     return _requires_platform.bind(platform=platform, backend=backend)
+
+
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays whose results XLA for CPUs computes once, and not again inside of all that reads them.
+
+    For backward passes that are written out: it is not made to be differentiated.
+    """
+
+    @jax.jit
+    def plain(*arguments):
+        with set_xla_metadata(inlineable=None):
+            return function(*arguments)
+
+    def on_cpu(*arguments):
+        with set_xla_metadata(inlineable="false"):
+            return plain(*arguments)
+
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=function)

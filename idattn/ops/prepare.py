@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from idattn.ops.platforms import apart
+
 FLOOR = 1e-6  # under the root of the feature map, which keeps its gradient finite at 0
 
 
@@ -129,11 +131,20 @@ def short_convolution(
 
 def compose(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
     """The preparation step by step, differentiable by JAX, in float32 or better."""
+    y = _after_convolution(preparation, inputs._replace(x=_convolve(inputs)))
+    return y.astype(inputs.x.dtype)
+
+
+def _convolve(inputs: HeadInputs) -> jax.Array:
     x = inputs.x.astype(jnp.promote_types(inputs.x.dtype, jnp.float32))
-    if inputs.taps is not None:
-        assert inputs.conv_bias is not None, "taps come with a bias"
-        x = short_convolution(x, inputs.taps, inputs.conv_bias, inputs.tail, inputs.positions)
-    x = x.reshape(*x.shape[:2], -1, preparation.width)
+    if inputs.taps is None:
+        return x
+    assert inputs.conv_bias is not None, "taps come with a bias"
+    return short_convolution(x, inputs.taps, inputs.conv_bias, inputs.tail, inputs.positions)
+
+
+def _after_convolution(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
+    x = inputs.x.reshape(*inputs.x.shape[:2], -1, preparation.width)
     if inputs.rotary is not None and preparation.rotate_first:
         x = rotate(x, inputs.rotary)
     if preparation.activate:
@@ -144,14 +155,21 @@ def compose(preparation: Preparation, inputs: HeadInputs) -> jax.Array:
         assert inputs.bias is not None, "a scale comes with a bias"
         x = rms_normalise(x, inputs.scale, preparation.eps)
         x = x + inputs.bias.reshape(1, 1, -1, preparation.width)
-    return x.reshape(inputs.x.shape).astype(inputs.x.dtype)
+    return x.reshape(inputs.x.shape)
 
 
 def _backward(preparation: Preparation, inputs: HeadInputs, d_y: jax.Array) -> HeadInputs:
-    def forward(arrays: HeadInputs):
-        return compose(preparation, arrays._replace(rotary=inputs.rotary, positions=inputs.positions))
+    conv = HeadInputs(inputs.x, inputs.taps, inputs.conv_bias, inputs.tail)
+    x, pull = jax.vjp(lambda arrays: _convolve(arrays._replace(positions=inputs.positions)), conv)
 
-    return jax.vjp(forward, inputs._replace(rotary=None, positions=None))[1](d_y)[0]
+    def after(x, scale, bias, rotary, d_y):
+        def forward(x, scale, bias):
+            return _after_convolution(preparation, HeadInputs(x, scale=scale, bias=bias, rotary=rotary))
+
+        return jax.vjp(forward, x, scale, bias)[1](d_y.astype(x.dtype))
+
+    d_x, d_scale, d_bias = apart(after)(x, inputs.scale, inputs.bias, inputs.rotary, d_y)
+    return pull(d_x)[0]._replace(scale=d_scale, bias=d_bias)
 
 
 COMPOSED = Rule(compose, _backward)

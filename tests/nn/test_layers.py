@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 from support.helpers import assert_close
 from support.models import make_model
 
 from idattn.config import SSMConfig
-from idattn.nn.layers import RMSNorm, ShortConv, StateBasis
+from idattn.nn.layers import RMSNorm, ShortConv, StateBasis, silu_gate
 from idattn.ops import find_segments
 from idattn.ops.prepare import feature_map, rotary_table, rotate, short_convolution
 from idattn.ops.segments import document_positions
@@ -28,6 +29,13 @@ def test_feature_map_is_normalised_silu(rng):
     gradient = jax.grad(lambda x: feature_map(x).sum())(jnp.zeros(5))
     assert np.isfinite(gradient).all()
     assert (gradient != 0).all()
+
+
+def test_derivatives_of_the_gate(rng):
+    with jax.enable_x64(True):
+        gate, x = (jnp.asarray(rng.normal(size=(3, 5))) for _ in range(2))
+        assert_close(silu_gate(gate, x), gate * x / (1 + jnp.exp(-gate)), "float64")
+        check_grads(silu_gate, (gate, x), order=2)
 
 
 def test_norms(rng):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from support import helpers
 
 from idattn.ops import Basis, blockwise, interdomain_attention, step
+from idattn.ops.prepare import COMPOSED, HeadInputs, Preparation, compose, rotary_table
 
 B, T, H, G, R, M = 2, 256, 4, 2, 16, 8
 # What tests/conftest.py turns off, where this version of XLA can be told so.
@@ -113,3 +115,23 @@ print(float(jax.jit(f)(x)[-1]))
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert float(result.stdout) == 32768.0**2, result.stderr
+
+
+def test_the_backward_pass_of_a_preparation_computes_its_parts_once(optimised):
+    """XLA for CPUs would compute what follows the convolution again in each of the convolution's own cotangents."""
+    rows, channels, width = jnp.ones((B, T, 16)), jnp.ones(16), jnp.ones(8)
+    positions = jnp.zeros((B, T), jnp.int32)
+    rotary = rotary_table(positions, 8, 1e4)
+    inputs = HeadInputs(rows, jnp.ones((4, 16)), channels, None, width, channels, rotary, positions)
+    preparation = Preparation(8, activate=True, eps=1e-5)
+
+    def by_jax(inputs, d_y):
+        def forward(arrays):
+            return compose(preparation, arrays._replace(rotary=inputs.rotary, positions=inputs.positions))
+
+        return jax.vjp(forward, inputs._replace(rotary=None, positions=None))[1](d_y)[0]
+
+    def flops(backward):
+        return jax.jit(backward, compiler_options=AS_USERS).lower(inputs, rows).compile().cost_analysis()["flops"]
+
+    assert flops(partial(COMPOSED.backward, preparation)) < 0.5 * flops(by_jax)
