@@ -13,6 +13,9 @@ and values) divided by the bandwidth of a large copy, measured in the same run. 
 Memory is what the compiled programs take besides the weights: the context, and the temporaries of reading the prefix in
 chunks and, with --whole, at once. OUT/decode.json, .md and .png are written again after every row.
 
+With several prefixes a second table sums up as the paper's tables 11 to 14 do: the range of times up to the longest
+prefix that fits, the ratio of the medians, and the memory of a prompt with the weights.
+
 With --topology nothing runs. The programs are compiled for a TPU that need not be there, and the table has the bytes
 that a token moves to and from HBM, with its share of the bytes that the end of a block moves.
 """
@@ -133,6 +136,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
     least = row["least_bytes"] = decode_bytes(
         decoder.config, batch_size, prefix + FLAGS.steps // 2, dtype=FLAGS.dtype, state_dtype=FLAGS.state_dtype
     )
+    row["weight_bytes"] = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     row["context_bytes"] = context_bytes(decoder, batch_size, room)
     if row["context_bytes"] > FLAGS.max_gib * 2**30:
         return
@@ -150,6 +154,12 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
     if FLAGS.whole:
         whole = make_decoder(model, prefix)
         row["whole_bytes"] = prefill_bytes(whole, batch_size, room)
+
+
+def write_tables(rows: list[dict[str, Any]], title: str) -> str:
+    """The table of all rows and, where there are several prefixes and times, the summary."""
+    has_summary = len(FLAGS.prefix) > 1 and not FLAGS.topology
+    return write_table(rows, title) + ("\n\n" + write_summary(rows, FLAGS.mixer[0]) if has_summary else "")
 
 
 def write_table(rows: list[dict[str, Any]], title: str) -> str:
@@ -175,6 +185,34 @@ def write_table(rows: list[dict[str, Any]], title: str) -> str:
         other = first.get(_place(row), {})
         cells.append(f"{other[speed] / row[speed]:.2f}" if speed in other and speed in row else "")
         lines.append("| " + " | ".join([", ".join(map(str, _place(row))), row["mixer"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def write_summary(rows: list[dict[str, Any]], first: str) -> str:
+    """Times over the prefixes that fit, as in the paper's tables 11 to 14, with ratios to the mixer `first`."""
+    lines = [
+        "| scale, rows | mixer | ms a step | up to a prefix of | prompt with weights, GB | "
+        + f"{first} / this, medians |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        fits = groups.setdefault((row["scale"], row["batch_size"], row["mixer"]), [])
+        if "seconds" in row:
+            fits.append(row)
+    for (scale, batch_size, mixer), fits in groups.items():
+        if not fits:
+            lines.append(f"| {scale}, {batch_size} | {mixer} | | none fits | | |")
+            continue
+        times = {row["prefix"]: 1e3 * row["seconds"] for row in fits}
+        others = {row["prefix"]: 1e3 * row["seconds"] for row in groups.get((scale, batch_size, first), [])}
+        common = sorted(times.keys() & others.keys())
+        ratio = (
+            f"{np.median([others[n] for n in common]) / np.median([times[n] for n in common]):.2f}" if common else ""
+        )
+        memory = max(row["weight_bytes"] + row["context_bytes"] + row["prefill_bytes"] for row in fits)
+        spread = f"{min(times.values()):,.2f}-{max(times.values()):,.2f}"
+        lines.append(f"| {scale}, {batch_size} | {mixer} | {spread} | {max(times):,} | {memory / 1e9:,.2f} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -233,10 +271,10 @@ def main(_):
                     tqdm.write(f"{scale}, {mixer}, {batch_size} rows after {prefix}: out of memory")
                 if folder is not None:
                     write_atomic(folder / "decode.json", json.dumps({"title": title, "rows": rows}, indent=1))
-                    write_atomic(folder / "decode.md", write_table(rows, title) + "\n")
+                    write_atomic(folder / "decode.md", write_tables(rows, title) + "\n")
                     if timed := [row for row in rows if "seconds" in row]:
                         plot(timed, folder / "decode.png")
     if rows:
-        print(write_table(rows, title))
+        print(write_tables(rows, title))
     if wrong:
         raise SystemExit("\n".join(wrong))

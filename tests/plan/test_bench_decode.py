@@ -45,6 +45,22 @@ def test_every_row_has_its_time_and_bound(tmp_path, capsys, mixers, whole):
     assert (tmp_path / "decode.png").stat().st_size > 10_000
 
 
+def test_times_are_summed_up_as_in_the_paper():
+    memory = dict(weight_bytes=4e9, context_bytes=1e9, prefill_bytes=5e8)
+    rows = [
+        dict(scale="1.3B", batch_size=8, mixer=mixer, prefix=prefix)
+        | (memory | dict(seconds=seconds) if seconds else {})
+        for mixer, times in {"softmax": (2e-3, 4e-3, 9e-3, None), "s4d": (1e-3, 2e-3, 1e-3, 1e-3)}.items()
+        for prefix, seconds in zip((512, 1024, 2048, 4096), times, strict=True)
+    ]
+    assert bench_decode.write_summary(rows, "softmax").splitlines()[2:] == [
+        "| 1.3B, 8 | softmax | 2.00-9.00 | 2,048 | 5.50 | 1.00 |",
+        "| 1.3B, 8 | s4d | 1.00-2.00 | 4,096 | 5.50 | 4.00 |",
+    ]
+    nothing = [row for row in rows if row["prefix"] == 4096]
+    assert bench_decode.write_summary(nothing, "softmax").splitlines()[2] == "| 1.3B, 8 | softmax | | none fits | | |"
+
+
 def test_nothing_is_timed_that_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(blockwise, "close_blocks", lambda states, block: states * 1.01)
     with pytest.raises(SystemExit, match="cpu, interdomain: relative error .* of decoding; not timed"):
