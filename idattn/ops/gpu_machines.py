@@ -31,8 +31,10 @@ class Hopper:
     def matrices(self, count: int, rows: int, columns: int, dtype):
         """Shared memory for matrices, one below the other, that are right operands or are loaded."""
         elements = swizzle(rows, columns)
-        transforms = plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(2 * elements)
-        return plgpu.SMEM((count * rows, columns), dtype, transforms=transforms)
+        # jax 0.12 declares them as protocols without an implementation of all methods.
+        tiling = plgpu.TilingTransform((8, elements))  # pyright: ignore[reportAbstractUsage]
+        swizzling = plgpu.SwizzleTransform(2 * elements)  # pyright: ignore[reportAbstractUsage]
+        return plgpu.SMEM((count * rows, columns), dtype, transforms=(tiling, swizzling))
 
     def load(self, pairs, barrier):
         """Copy matrices from global to shared memory: pairs (source, target), as many as `barrier` has arrivals."""
