@@ -178,7 +178,7 @@ def product(x: jax.Array, weight: jax.Array, dims: tuple[str | None, str | None]
     def on_shard(x, weight):
         # Varying over the copies too, so that their gradients are summed where they are split.
         weight = jax.lax.pcast(weight, "data", to="varying") if "data" in split("B") else weight
-        if split("D"):
+        if "D" in dims and split("D"):
             weight = _gather(weight, dims.index("D"), split("D"))
         y = x @ weight
         return y if dims[0] == "D" or not split(dims[0]) else jax.lax.psum(y, split(dims[0]))

@@ -42,7 +42,7 @@ MESHES = {
 }
 
 
-def make_config(mixers, mesh, *, accumulation=1, seq_len=T, optimizer="adamw", **ssm):
+def make_config(mixers, mesh, *, accumulation=1, seq_len=T, optimizer="adamw", dtype="float32", **ssm):
     return Config(
         model=ModelConfig(
             vocab_size=V,
@@ -56,7 +56,7 @@ def make_config(mixers, mesh, *, accumulation=1, seq_len=T, optimizer="adamw", *
         data=DataConfig(seq_len=seq_len),
         optim=OptimConfig(name=optimizer, peak_lr=1e-2, warmup_steps=2, eps=1e-2),  # eps: smooth, unlike a sign
         train=TrainConfig(steps=50, batch_size=B, accumulation=accumulation),
-        compute=ComputeConfig(dtype="float32", chunk_size=4, loss_chunk=16),
+        compute=ComputeConfig(dtype=dtype, chunk_size=4, loss_chunk=16),
         mesh=mesh,
     )
 
@@ -129,6 +129,30 @@ def test_a_step_is_that_of_one_device(one_device, mesh):
         jax.tree.leaves_with_path(state), jax.tree.leaves(trainer.abstract_state()), strict=True
     ):
         assert x.sharding == wanted.sharding, jax.tree_util.keystr(path)
+
+
+DAMPED = dict(core="clock", write="damped", readout="hermitian")
+FOLLOWING = [  # mixers whose states decay by what the tokens say, or correct themselves
+    (("gated_deltanet", "gla"), {}),
+    (("interdomain",), DAMPED),
+    (("mamba2", "linear"), {}),
+    (("interdomain",), dict(core="clock")),
+    # Its addresses, divided by their squares, make more of float32's rounding than the bound allows.
+    (("interdomain",), dict(write="delta", dtype="float64")),
+]
+
+
+@pytest.mark.parametrize(
+    ("mixers", "options", "mesh"),
+    [
+        pytest.param(*case, mesh, marks=[pytest.mark.slow] if i > 1 or mesh == "all" else [])
+        for i, case in enumerate(FOLLOWING)
+        for mesh in ("sequence", "all")
+    ],
+)
+def test_states_that_follow_the_tokens(one_device, mixers, options, mesh):
+    with jax.enable_x64("dtype" in options):
+        assert_same_step(run_step(make_config(mixers, MESHES[mesh], **options)), one_device(mixers, **options))
 
 
 @pytest.mark.slow
@@ -213,9 +237,9 @@ def shard_shape(x):
     return x.sharding.shard_shape(x.shape)
 
 
-def make_layer(T, sequence, dtype="float32"):
+def make_layer(T, sequence, dtype="float32", **options):
     """The layer on a mesh over the sequence: its compiled call, and arguments as shapes."""
-    layer = nnx.eval_shape(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5))
+    layer = nnx.eval_shape(lambda: InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, **options))
     graphdef, params = nnx.split(layer)
     mesh = make_mesh(MeshConfig(data=1, sequence=sequence), jax.devices()[:sequence])
     tokens = NamedSharding(mesh, spec("B", "T"))
@@ -236,15 +260,20 @@ def collective_bytes(text):
     return total
 
 
-def test_what_crosses_does_not_depend_on_the_length():
-    short, long = (make_layer(length, 4) for length in (64, 512))
+@pytest.mark.parametrize("options", [{}, DAMPED], ids=str)
+def test_what_crosses_does_not_depend_on_the_length(options):
+    short, long = (make_layer(length, 4, **options) for length in (64, 512))
     assert collective_bytes(short.as_text()) == collective_bytes(long.as_text()) > 0
     assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(c_init_scale=4.0), dict(denominator=True, readout="hermitian", c="identity", feature_map="positive")],
+    [
+        dict(c_init_scale=4.0),
+        dict(denominator=True, readout="hermitian", c="identity", feature_map="positive"),
+        pytest.param(DAMPED, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_state_passes_through_shards(options):

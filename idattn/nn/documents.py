@@ -124,6 +124,41 @@ def exclusive_scan(
     return jnp.where(index == 0, first, _from_previous(increment, axis))
 
 
+def arriving_rows(
+    advance: Callable[[jax.Array, jax.Array], jax.Array],
+    values: jax.Array,
+    first: jax.Array,
+    probe: jax.Array,
+    times: Callable[[jax.Array, jax.Array], jax.Array],
+    documents: Documents,
+    axis: str,
+) -> jax.Array:
+    """The rows (B, G, E, N) of a state at the start of a shard, whose tokens take every row through one linear map.
+
+    The map is where the tokens take the rows of `probe`. What crosses does not depend on the number of tokens.
+
+    Args:
+      advance: (values (B, T, G, rows), start (B, G, rows, N)) -> the rows after the shard's tokens.
+      values: (B, T, G, E), which the tokens add.
+      first: (B, G, E, N), the rows at the start of shard 0.
+      probe: (P, N), which tell the map: the identity, or one row where it is diagonal.
+      times: (map (B, G, P, N), rows) -> the rows that it takes them to; of the rows of an earlier map, both maps' one.
+      documents: of the tokens.
+      axis: the mesh axis that the tokens are split over.
+    """
+    (B, T, G, E), P = values.shape, probe.shape[0]
+    start = jnp.broadcast_to(probe.astype(first.dtype), (B, G, *probe.shape))
+    start = jnp.concatenate([jnp.zeros_like(first), start], axis=2)
+    end = advance(jnp.concatenate([values, jnp.zeros((B, T, G, P), values.dtype)], axis=3), start)
+    decay = where_continued(documents, end[:, :, E:])
+    return where_continued(documents, exclusive_scan(decay, end[:, :, :E], first, axis, apply=times, compose=times))
+
+
+def through_matrix(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows (B, G, E, N) times a matrix (B, G, N, N): `times` of `arriving_rows` for maps that mix a row's numbers."""
+    return jnp.einsum("bgen,bgnm->bgem", rows, matrix, precision="highest")
+
+
 def halo(tail: jax.Array, first: jax.Array | None, documents: Documents, axis: str) -> jax.Array:
     """The previous shard's tail (B, ...), zero where its document ends at the border; shard 0 gets `first`."""
     before = _from_previous(tail, axis)

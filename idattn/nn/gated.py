@@ -1,6 +1,8 @@
 """What the mixers with states of (gated) linear attention share: GLA, Mamba-2, Gated DeltaNet, plain attention."""
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
-from idattn.nn.documents import Documents
+from idattn.nn.documents import Documents, arriving_rows, at_last_token, through_matrix
 from idattn.nn.layers import Linear, RMSNorm, ShortConv, check_convolved
 from idattn.nn.mixer import Memory, Mixer
 from idattn.ops.prepare import Preparation
@@ -68,13 +70,13 @@ class GatedCore(nnx.Module):
         return self.norm(o) if gate is None else self.norm(o) * gate
 
     def __call__(
-        self, projected: dict[str, jax.Array], documents: Documents, memory: GatedMemory | None
+        self, projected: dict[str, jax.Array], documents: Documents, memory: GatedMemory | None, axis: str | None
     ) -> tuple[jax.Array, GatedMemory]:
-        """The heads' outputs (B, T, channels), and the memory after the tokens."""
+        """The heads' outputs (B, T, channels), and the memory after the tokens; `axis` is what these are split over."""
         heads, tails = {}, {}
         for name in CONVOLVED:
             tail = None if memory is None else memory.conv_tails[name]
-            inputs, tails[name] = getattr(self, f"{name}_conv").inputs(projected[name], tail, documents)
+            inputs, tails[name] = getattr(self, f"{name}_conv").inputs(projected[name], tail, documents, axis)
             is_mapped = self.feature_map and name != "value"
             width = self.config.head_dim if name == "value" else key_width(self.config)
             y = ops.prepare_heads(inputs, Preparation(width, is_mapped), backend=self.compute.backend)
@@ -90,14 +92,35 @@ class GatedCore(nnx.Module):
             o = o[:, None]
         else:
             backend = "recurrent" if self.compute.backend == "recurrent" else "chunkwise"
+            attend = partial(
+                ops.gated_attention, log_decays=x.log_decays, gains=x.gains, backend=backend,
+                chunk_size=self.compute.chunk_size or None, segment_ids=segments,
+            )  # fmt: skip
             with jax.named_scope("op"):
-                o, state = ops.gated_attention(
-                    *x[:4], gains=x.gains, backend=backend, chunk_size=self.compute.chunk_size or None,
-                    segment_ids=segments, initial_state=state,
-                )  # fmt: skip
+                if axis is not None:
+                    state = self._arriving(attend, x, documents, state, axis)
+                o, state = attend(x.q, x.k, x.v, initial_state=state)
         gate = jax.nn.silu(projected["gate"]).reshape(o.shape) if self.config.ssm.output_gate else None
         o = self.finish(o, heads["value"], gate).reshape(*o.shape[:2], -1)
-        return checkpoint_name(o, "mixer"), GatedMemory(state, tails)
+        return checkpoint_name(o, "mixer"), at_last_token(GatedMemory(state, tails), documents, axis)
+
+    def _arriving(
+        self,
+        attend: Callable[..., tuple[jax.Array, jax.Array]],
+        x: Recurrence,
+        documents: Documents,
+        state: jax.Array | None,
+        axis: str,
+    ) -> jax.Array:
+        """The state at the start of a shard; corrections mix its features."""
+        (B, _, H, E), R = x.v.shape, x.k.shape[3]
+        state = jnp.zeros((B, H, E, R), jnp.promote_types(x.v.dtype, jnp.float32)) if state is None else state
+        probe, times = (jnp.ones((1, R)), jnp.multiply) if x.gains is None else (jnp.eye(R), through_matrix)
+
+        def advance(values, rows):
+            return attend(x.k, x.k, values, initial_state=rows)[1]
+
+        return arriving_rows(advance, x.v, state, probe, times, documents, axis)
 
 
 class GatedMixer(Mixer):
@@ -146,13 +169,11 @@ class GatedMixer(Mixer):
         return ({"gate": config.model_dim} if config.ssm.output_gate else {}) | cls.controls(config)
 
     def mix(self, x: jax.Array, documents: Documents, memory: GatedMemory | None) -> tuple[jax.Array, GatedMemory]:
-        if is_split("T"):
-            raise NotImplementedError(f"{type(self).__name__} does not split tokens; use mesh.sequence=1.")
         projected = self.project(x)
         graphdef, params = nnx.split(self.core)
 
         def core(params, projected, documents, memory):
-            return nnx.merge(graphdef, params)(projected, documents, memory)
+            return nnx.merge(graphdef, params)(projected, documents, memory, "sequence" if is_split("T") else None)
 
         heads, memories = spec("B", "T", "H"), self.memory_specs()
         specs = {name: spec("B", "T", self._dim(name)) for name in projected}

@@ -204,16 +204,16 @@ class SSMCore(nnx.Module):
             return o.astype(k.dtype), memory.replace(conv_tails=tails, block=block)
         state = None if memory is None else memory.state
         if axis is not None:
-            state = self._arriving_state(k, v, basis, documents, state, axis)
+            state = self._arriving_state((k, v), basis, documents, state, axis)
         o, state = self.readout.attend(q, k, v, basis, c_out, state, documents.segments, ssm, self.compute)
         return o, at_last_token(SSMMemory(state, tails), documents, axis)
 
     def _arriving_state(
-        self, k: jax.Array, v: jax.Array, basis: Basis, documents: Documents, state: jax.Array | None, axis: str
+        self, inputs: tuple[jax.Array, ...], basis: Basis, documents: Documents, state: jax.Array | None, axis: str
     ) -> jax.Array:
-        """The state at the start of a shard; zero where no document continues from the shard before."""
+        """The inputs' rows of the state at the start of a shard; zero where no document continues from before it."""
         segments, size = documents.segments, self.compute.chunk_size or None
-        decay, increment = ops.transfer((k, v), basis, segment_ids=segments, chunk_size=size)
+        decay, increment = ops.transfer(inputs, basis, segment_ids=segments, chunk_size=size)
         first = jnp.zeros_like(increment) if state is None else state.astype(increment.dtype)
         decay = where_continued(documents, decay)
         state = exclusive_scan(decay, increment, first, axis, apply=decay_state, compose=complex_multiply)

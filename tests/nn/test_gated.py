@@ -9,9 +9,8 @@ from support import oracles
 from support.helpers import assert_close
 
 from idattn.choices import PEERS, find_mixer
-from idattn.config import ComputeConfig, MeshConfig, ModelConfig, SSMConfig
+from idattn.config import ComputeConfig, ModelConfig, SSMConfig
 from idattn.costs import count_parameters, forward_flops_per_token, state_size
-from idattn.sharding import make_mesh
 
 B, T, D, H, E, R = 2, 11, 12, 2, 6, 20
 GATED = (*PEERS, "linear")
@@ -122,13 +121,3 @@ def test_options_of_states_are_refused(name):
 def test_convolutions_are_not_left_out(name):
     with pytest.raises(ValueError, match="conv_width=0 must be at least 1 for .*, which convolves"):
         ModelConfig.tiny(name, ssm=SSMConfig(conv_width=0))
-
-
-@pytest.mark.usefixtures("eight_devices")
-def test_tokens_are_not_split():
-    mixer = make_mixer("gla")
-    with (
-        jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=8))),
-        pytest.raises(NotImplementedError, match=r"mesh\.sequence=1"),
-    ):
-        mixer._call(inputs(8), None, None)
