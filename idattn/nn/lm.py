@@ -103,6 +103,15 @@ class LanguageModel(nnx.Module):
         self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=compute.dtype)
         self.head = Linear(config.model_dim, config.vocab_size, ("D", "V"), std=config.init_std, rngs=rngs)
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """The vectors (B, T, D) of tokens (B, T) that the first layer reads, in the dtype of the residual stream."""
+        embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
+        # Its gradient is summed before it is split. Otherwise the partitioner gathers every token's part of the sum.
+        embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
+        x = embedding[tokens]
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if self.compute.residual_in_float32 else x
+        return constrain(x, "B", "T", None)
+
     def hidden(
         self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, state: ModelState | None = None
     ) -> tuple[jax.Array, ModelState | None]:
@@ -113,12 +122,7 @@ class LanguageModel(nnx.Module):
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
           state: as returned by `init_state` or an earlier call, to resume from there; None to start anew.
         """
-        embedding = gathered(self.embedding[...].astype(self.compute.dtype), ("V", "D"))
-        # Its gradient is summed before it is split. Otherwise the partitioner gathers every token's part of the sum.
-        embedding = constrain(embedding, "V", None)  # pyright: ignore[reportArgumentType]  # as in Linear
-        x = embedding[tokens]
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if self.compute.residual_in_float32 else x
-        x = constrain(x, "B", "T", None)
+        x = self.embed(tokens)
         start = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.position
         documents, end = find_documents(segment_ids, start, tokens.shape, self.config)
         graphdef, params = nnx.split(self.groups)

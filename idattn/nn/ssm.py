@@ -126,14 +126,7 @@ class SSMCore(nnx.Module):
           documents, memory: as in `Mixer.mix`.
           axis: the mesh axis that the tokens are split over, or None; then `memory` is what the sequence starts from.
         """
-        inputs, after = self._inputs(projected, documents, memory, axis)
-        norm = self.key_norm if self.has_key_norm(self.config) else None
-        k = self._prepare(inputs["key"], documents, rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
-        norm = self.value_norm if self.config.ssm.input_norms else None
-        v = self._prepare(inputs["value"], documents, norm=norm)  # eq. 12
-        q = None
-        if self.readout.by_query:
-            q = self._prepare(inputs["query"], documents, rotate=self.rope, mapped=True)  # eq. 10
+        q, k, v, after = self.heads(projected, documents, memory, axis)
         controls = {name: projected[name] for name in self.controls(self.config)}
         if self.config.ssm.denominator:
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
@@ -143,6 +136,29 @@ class SSMCore(nnx.Module):
             below = wide[..., -1:]
             o = (wide[..., :-1] / jnp.where(jnp.abs(below) > FLOOR, below, FLOOR)).astype(o.dtype)  # eq. 8
         return checkpoint_name(o.reshape(*projected["key"].shape[:2], -1), "mixer"), after
+
+    def heads(
+        self,
+        projected: dict[str, jax.Array],
+        documents: Documents,
+        memory: SSMMemory | SSMBlockMemory | None = None,
+        axis: str | None = None,
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array, dict[str, jax.Array]]:
+        """What reads the state and what it reads; arguments as of the call, without `memory` from a row's first token.
+
+        Returns:
+          queries (B, T, H, R), None for a linear readout; keys (B, T, G, R); values (B, T, G, E); and the tails of the
+          convolutions that the next tokens need.
+        """
+        inputs, after = self._inputs(projected, documents, memory, axis)
+        norm = self.key_norm if self.has_key_norm(self.config) else None
+        k = self._prepare(inputs["key"], documents, rotate=self.rope, mapped=self.feature_map, norm=norm)  # eq. 10, 12
+        norm = self.value_norm if self.config.ssm.input_norms else None
+        v = self._prepare(inputs["value"], documents, norm=norm)  # eq. 12
+        q = None
+        if self.readout.by_query:
+            q = self._prepare(inputs["query"], documents, rotate=self.rope, mapped=True)  # eq. 10
+        return q, k, v, after
 
     def _inputs(
         self,
