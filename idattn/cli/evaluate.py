@@ -8,6 +8,8 @@ length      perplexity of --corpora, without them of what was held out, in windo
 passkey     RULER S-NIAH-1 in prompts of each of --lengths
 phonebook   a number of a phone book of each of --entries
 mqar        recall of each of --entries pairs of tokens in each of --lengths
+posterior   the posterior variance of each query, with the layer read as a Gaussian process (`idattn.evals.posterior`):
+            its rank correlation with the loss in what was held out, and the loss by its deciles, posterior.png
 any task of lm-evaluation-harness (the extra "eval"), and lists of the paper's: commonsense (eight tasks), based_recall,
             longbench14; with --eval_data the eight tasks are read from there, not from the network. Rows longer than
             those of training are cut as the harness does it; --window=0 reads them whole
@@ -31,7 +33,7 @@ from idattn.trained import assemble
 
 FLAGS = flags.FLAGS
 RECORDED = (
-    "corpora", "lengths", "entries", "eval_data", "limit", "max_rows", "max_tokens", "seed", "state_dtype",
+    "corpora", "lengths", "entries", "eval_data", "limit", "max_rows", "max_tokens", "noise", "seed", "state_dtype",
 )  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def define_flags() -> None:
         "windows where their perplexity is asked for. The trained length if not given; 0 reads every row whole.",
         lower_bound=0,
     )
+    flags.DEFINE_float("noise", 1.0, "Variance of the noise of values, relative to the prior's, for posterior.")
     flags.DEFINE_integer("seed", 42, "Seed of the questions.")
     flags.DEFINE_enum("state_dtype", "float32", ["float32", "bfloat16"], "Dtype of stored states.")
     flags.DEFINE_integer("chunk_size", 512, "Tokens of a row that are read at a time.", lower_bound=1)
@@ -80,6 +83,7 @@ def settings() -> Settings:
         max_rows=FLAGS.max_rows,
         max_tokens=FLAGS.max_tokens,
         batch_tokens=FLAGS.batch_tokens,
+        noise=FLAGS.noise,
         seed=FLAGS.seed,
         figures=resolve_path(FLAGS.out),
     )

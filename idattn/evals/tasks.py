@@ -15,7 +15,7 @@ from tqdm import tqdm
 from idattn.choices import check_choice
 from idattn.config import Config
 from idattn.data import Tokenizer, eval_batches, load_data, load_stream, mqar_rows
-from idattn.evals import harness, length, recall
+from idattn.evals import harness, length, posterior, recall
 from idattn.evals.perplexity import document_losses, token_losses
 from idattn.evals.scores import progress, share_error
 from idattn.inference import Decoder
@@ -34,6 +34,7 @@ class Settings:
     max_rows: int | None = None  # of each task of lm-evaluation-harness; None: all
     max_tokens: int = 2**20  # to read of each text, from its beginning
     batch_tokens: int = 2**14  # of the rows that are read together
+    noise: float = 1.0  # of values, relative to the prior variance, for `idattn.evals.posterior`
     window: int | None = None  # tokens that lm-evaluation-harness's rows are cut to; None: none is cut
     seed: int = 42  # of the questions
     figures: epath.Path | None = None  # folder for plots; None: none are drawn
@@ -45,6 +46,8 @@ class Settings:
         for name in ("limit", "max_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.noise > 0:
+            raise ValueError(f"noise={self.noise} must be above 0.")
 
 
 class Subject(NamedTuple):
@@ -114,6 +117,25 @@ def lengths(subject: Subject, settings: Settings) -> dict[str, Any]:
     if len(corpora) > 1:
         metrics |= {f"mean {n}": value for n, value in length.mean_perplexities(corpora).items()}
     return {"metrics": metrics, "corpora": corpora}
+
+
+def posterior_variance(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The rank correlation of the variance of each query with the loss, next to what else correlates, and its curve."""
+    config, T = subject.config, subject.config.data.seq_len
+    _, _, sources = load_data(config.data, subject.tokenizer)
+    streams = [np.asarray(windows.stream[: settings.max_tokens]).astype(np.int32) for windows in sources]
+    tokens = np.concatenate([stream[: len(stream) // T * T].reshape(-1, T) for stream in streams])
+    values = posterior.measure(config, subject.params, tokens, rows(settings, T), settings.noise)
+    correlations = posterior.correlate(values, settings.seed)
+    curves = {
+        name: posterior.calibration(x, values["loss"], settings.seed)
+        for name, x in values.items()
+        if name == "all" or name.startswith("layer")
+    }
+    if settings.figures is not None:
+        posterior.plot_posterior(correlations, curves, settings.figures / "posterior.png")
+    metrics, errors, intervals = ({name: x[i] for name, x in correlations.items()} for i in range(3))
+    return {"metrics": metrics, "errors": errors, "intervals": intervals, "curves": curves, "tokens": tokens.size}
 
 
 def passkey(subject: Subject, settings: Settings) -> dict[str, Any]:
@@ -198,6 +220,7 @@ TASKS: dict[str, Callable[[Subject, Settings], dict[str, Any]]] = {
     "passkey": passkey,
     "phonebook": phonebook,
     "mqar": mqar,
+    "posterior": posterior_variance,
 }
 
 
