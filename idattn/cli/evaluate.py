@@ -32,8 +32,8 @@ from idattn.train.checkpoint import checkpoint_tokenizer, load_params
 from idattn.trained import assemble
 
 FLAGS = flags.FLAGS
-RECORDED = (
-    "corpora", "lengths", "entries", "eval_data", "limit", "max_rows", "max_tokens", "noise", "seed", "state_dtype",
+RECORDED = (  # a setting of one task is part of its result: a new name here parts new records from old ones
+    "corpora", "lengths", "entries", "eval_data", "limit", "max_rows", "max_tokens", "seed", "state_dtype",
 )  # fmt: skip
 
 

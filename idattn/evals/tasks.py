@@ -135,7 +135,8 @@ def posterior_variance(subject: Subject, settings: Settings) -> dict[str, Any]:
     if settings.figures is not None:
         posterior.plot_posterior(correlations, curves, settings.figures / "posterior.png")
     metrics, errors, intervals = ({name: x[i] for name, x in correlations.items()} for i in range(3))
-    return {"metrics": metrics, "errors": errors, "intervals": intervals, "curves": curves, "tokens": tokens.size}
+    more = {"intervals": intervals, "curves": curves, "tokens": tokens.size, "noise": settings.noise}
+    return {"metrics": metrics, "errors": errors} | more
 
 
 def passkey(subject: Subject, settings: Settings) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """configs/study_cpu_tuning.py: as many trials for every mixer, each a change of what it says in half the steps."""
 
 import dataclasses
+import json
 from collections import Counter
+from pathlib import Path
 
 from configs import study_cpu, study_cpu_tuning
 from idattn.choices import CELLS
+from idattn.cli.evaluate import RECORDED
 from idattn.config import from_config_dict
 
 
@@ -22,3 +25,12 @@ def test_trials():
         assert trial == (config.optim.peak_lr, ssm.c_init_scale, ssm.delta_min)
         assert dataclasses.replace(ssm, c_init_scale=1 / 16, delta_min=1e-3) == base.model.ssm
     assert mixers == dict.fromkeys([*CELLS, "softmax_conv", "linear"], 5)
+
+
+def test_what_is_stored_can_be_gone_on_with():
+    """Another setting of evaluations would part the records to come from those that are there."""
+    files = list(Path("results/study_cpu_tuning/cells").glob("*.json"))
+    assert files
+    for file in files:
+        for evaluation in json.loads(file.read_text())["evaluations"].values():
+            assert evaluation["settings"].keys() == {*RECORDED, "window"}, file
