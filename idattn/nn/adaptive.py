@@ -1,5 +1,6 @@
 """The core of Interdomain Attention with a clock that the tokens set and writes that correct (docs/beyond.md)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -69,7 +70,7 @@ class AdaptiveCore(SSMCore):
 
     def _arriving(
         self,
-        attend: partial[tuple[jax.Array, jax.Array]],
+        attend: Callable[..., tuple[jax.Array, jax.Array]],
         k: jax.Array,
         v: jax.Array,
         basis: Basis,
@@ -84,7 +85,7 @@ class AdaptiveCore(SSMCore):
             state = jnp.zeros((B, G, R + v.shape[3], 2 * M), jnp.promote_types(k.dtype, jnp.float32))
         inputs = (k, v) if gains is None else (k,)
         keys = state[:, :, : sum(x.shape[3] for x in inputs)]
-        if attend.keywords["log_steps"] is None:
+        if self.config.ssm.core == "fixed":
             keys = self._arriving_state(inputs, basis, documents, keys, axis)
         else:
             nothing = jnp.zeros_like(k[..., :1])  # all rows evolve as values do that no key writes to
