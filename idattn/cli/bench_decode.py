@@ -136,7 +136,6 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
     least = row["least_bytes"] = decode_bytes(
         decoder.config, batch_size, prefix + FLAGS.steps // 2, dtype=FLAGS.dtype, state_dtype=FLAGS.state_dtype
     )
-    row["weight_bytes"] = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     row["context_bytes"] = context_bytes(decoder, batch_size, room)
     if row["context_bytes"] > FLAGS.max_gib * 2**30:
         return
@@ -149,6 +148,7 @@ def measure(row: dict[str, Any], model: LanguageModel, decoder: Decoder, bandwid
         return
     row["seconds"] = step_seconds(decoder, batch_size, prefix, warmup=FLAGS.warmup, repeats=FLAGS.repeats)
     row["bound_seconds"] = least / bandwidth
+    row["weight_bytes"] = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     room = room if find_mixer(mixer).grows else 0  # only caches depend on it
     row["prefill_bytes"] = prefill_bytes(decoder, batch_size, room)
     if FLAGS.whole:

@@ -21,7 +21,7 @@ def bench_flags():
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     make = bench_decode.model_config
-    small = dict(vocab_size=32, model_dim=16, num_layers=1, num_heads=2, mlp_dim=24)
+    small = dict(vocab_size=32, model_dim=16, num_layers=2, num_heads=2, mlp_dim=24)
 
     def model_config(scale, mixer):
         return bench_decode.ModelConfig(**small, mixers=(mixer,)) if scale == "cpu" else make(scale, mixer)
@@ -66,6 +66,12 @@ def test_nothing_is_timed_that_is_wrong(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="cpu, interdomain: relative error .* of decoding; not timed"):
         run_main(bench_decode, *TOY, "--mixer=interdomain", "--prefix=16")
     assert "interdomain" not in capsys.readouterr().out
+
+
+def test_nothing_runs_for_a_topology(libtpu, tmp_path):
+    run_main(bench_decode, *TOY, "--mixer=s4d", "--prefix=16", "--topology=v5e:2x2", f"--out={tmp_path}")
+    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert row["token_bytes"] > 0 and "seconds" not in row
 
 
 def test_bytes_that_must_move():
