@@ -11,7 +11,8 @@ from idattn.config import ModelConfig
 from idattn.nn.documents import Documents, arriving_rows, at_last_token, through_matrix
 from idattn.nn.ssm import SSMBlockMemory, SSMCore, SSMMemory
 from idattn.ops import Basis
-from idattn.ops.planes import complex_multiply, flatten_planes, to_planes
+from idattn.ops.chunks import decay_state
+from idattn.ops.planes import to_planes
 
 LARGEST_LOG_STEP = 4.0  # a token's step is within exp(+-4) of Delta
 
@@ -109,4 +110,4 @@ class AdaptiveCore(SSMCore):
 
 def _decay(decay: jax.Array, rows: jax.Array) -> jax.Array:
     """Rows of modes (..., 2M), each mode times its complex number of decay (..., 1, 2M)."""
-    return flatten_planes(complex_multiply(to_planes(decay), to_planes(rows)))
+    return decay_state(to_planes(decay)[..., 0, :, :], rows)

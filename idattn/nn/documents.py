@@ -124,6 +124,14 @@ def exclusive_scan(
     return jnp.where(index == 0, first, _from_previous(increment, axis))
 
 
+def arriving(
+    decay: jax.Array, increment: jax.Array, first: jax.Array, documents: Documents, axis: str, **operations: Any
+) -> jax.Array:
+    """`exclusive_scan` of values (B, ...) that no shard takes over from a document that ends at its border."""
+    state = exclusive_scan(where_continued(documents, decay), increment, first, axis, **operations)
+    return where_continued(documents, state)
+
+
 def arriving_rows(
     advance: Callable[[jax.Array, jax.Array], jax.Array],
     values: jax.Array,
@@ -150,8 +158,7 @@ def arriving_rows(
     start = jnp.broadcast_to(probe.astype(first.dtype), (B, G, *probe.shape))
     start = jnp.concatenate([jnp.zeros_like(first), start], axis=2)
     end = advance(jnp.concatenate([values, jnp.zeros((B, T, G, P), values.dtype)], axis=3), start)
-    decay = where_continued(documents, end[:, :, E:])
-    return where_continued(documents, exclusive_scan(decay, end[:, :, :E], first, axis, apply=times, compose=times))
+    return arriving(end[:, :, E:], end[:, :, :E], first, documents, axis, apply=times, compose=times)
 
 
 def through_matrix(matrix: jax.Array, rows: jax.Array) -> jax.Array:

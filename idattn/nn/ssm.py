@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn import ops
 from idattn.choices import FEATURES
 from idattn.config import ComputeConfig, ModelConfig
-from idattn.nn.documents import Documents, at_last_token, exclusive_scan, where_continued
+from idattn.nn.documents import Documents, arriving, at_last_token
 from idattn.nn.layers import Control, HeadNorm, Linear, ShortConv, StateBasis, param, silu_gate
 from idattn.nn.mixer import Memory, Mixer
 from idattn.nn.readout import Readout
@@ -231,9 +231,7 @@ class SSMCore(nnx.Module):
         segments, size = documents.segments, self.compute.chunk_size or None
         decay, increment = ops.transfer(inputs, basis, segment_ids=segments, chunk_size=size)
         first = jnp.zeros_like(increment) if state is None else state.astype(increment.dtype)
-        decay = where_continued(documents, decay)
-        state = exclusive_scan(decay, increment, first, axis, apply=decay_state, compose=complex_multiply)
-        return where_continued(documents, state)
+        return arriving(decay, increment, first, documents, axis, apply=decay_state, compose=complex_multiply)
 
 
 class SSMMixer(Mixer):

@@ -40,7 +40,7 @@ def requires(platform: str, backend: str) -> jax.Array:
 def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays whose results XLA for CPUs computes once, and not again inside of all that reads them.
 
-    For backward passes that are written out: it is not made to be differentiated.
+    For rules of derivatives that are written out.
     """
 
     @jax.jit
