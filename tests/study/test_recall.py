@@ -19,7 +19,7 @@ from idattn.config import from_config_dict, to_config_dict
 
 STUDY = dataclasses.replace(
     study_recall.STUDY,
-    cells=tuple(study_recall.STUDY.cell(name) for name in ("tune,gla+2,1", "8 pairs M=8,clock+damped,1")),
+    cells=tuple(study_recall.STUDY.cell(name) for name in ("tune,gla+2,0", "M=8,clock+damped,1")),
     evaluate=("--tasks=mqar", "--lengths=66", "--entries=2", "--limit=4"),
 )
 
@@ -39,22 +39,22 @@ def get_config(argument):
 def test_every_condition_has_the_same_state_and_as_many_trials():
     configs = {cell: from_config_dict(study_recall.get_config(str(cell))) for cell in study_recall.STUDY.cells}
     trials = Counter(cell.condition.rpartition("+")[0] for cell in configs if cell.scale == "tune")
-    assert trials == dict.fromkeys(study_recall.CONDITIONS, 6)
+    assert trials == dict.fromkeys(study_recall.CONDITIONS, 5)
     for cell, config in configs.items():
         (mixer,), modes = config.model.mixers, config.model.ssm.num_modes
         if mixer != "softmax":
             assert state_size(config.model, mixer, config.data.seq_len) == 4 * modes * 64
-        assert cell.scale in ("tune", f"{config.data.source[11:].split(',')[0]} pairs M={modes}")
+        assert cell.scale in ("tune", f"M={modes}")
     rest = [cell for cell in configs if cell.scale != "tune"]
     assert len(rest) == len(study_recall.SIZES) * len(study_recall.CONDITIONS) * len(study_recall.SEEDS)
 
 
 def test_what_was_tuned_is_taken(monkeypatch):
     monkeypatch.setitem(study_recall.TUNED, "damped", study_recall.Trial(1e-2, 1.0))
-    config = study_recall.get_config("32 pairs M=8,damped,3")
+    config = study_recall.get_config("M=8,damped,3")
     assert (config.optim.peak_lr, config.model.ssm.c_init_scale, config.seed) == (1e-2, 1.0, 3)
-    with pytest.raises(ValueError, match="cell='32 pairs M=8,dampd,3' is not known. Did you mean"):
-        study_recall.get_config("32 pairs M=8,dampd,3")
+    with pytest.raises(ValueError, match="cell='M=8,dampd,3' is not known. Did you mean"):
+        study_recall.get_config("M=8,dampd,3")
 
 
 def test_the_study_at_a_tiny_size(tmp_path, monkeypatch):
