@@ -53,7 +53,7 @@ class Trainer:
         self._shardings = on_mesh(self.mesh, self._specs(model_specs(abstract)))
         self._init = jax.jit(init, out_shardings=self._shardings)
         self._compiled_step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
-        self._loss = jax.jit(lambda params, batch: batch_loss(self.graphdef, params, batch, config))
+        self._compiled_loss = jax.jit(self._loss)
 
     def init(self) -> State:
         """The state before the first step: `step`, `not_finite` (how many steps were not), `params`, `opt_state`."""
@@ -68,7 +68,7 @@ class Trainer:
     def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The summed loss of a batch in nats, and its number of targets."""
         with jax.set_mesh(self.mesh):
-            return self._loss(params, batch)
+            return self._compiled_loss(params, batch)
 
     def trace_step(self) -> jax.stages.Traced:
         """The step for a batch as the config describes it, to be lowered and compiled without running anything."""
@@ -124,8 +124,6 @@ class Trainer:
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
         """Mean loss in nats per target, number of targets, and gradients, over the parts of the batch in turn."""
-        parts = self.config.train.accumulation
-        batch = jax.tree.map(lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), None, "B", "T"), batch)
         count = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
 
         def part_loss(params, part):
@@ -136,5 +134,15 @@ class Trainer:
 
         dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(jnp.float32, self.config.compute.dtype))
         zero = (jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), _ = jax.lax.scan(add, zero, batch)
+        (loss, grads), _ = jax.lax.scan(add, zero, self._parts(batch))
         return loss, count, grads
+
+    def _loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The summed loss and the number of targets, over the parts of the batch in turn."""
+        sums = jax.lax.map(lambda part: batch_loss(self.graphdef, params, part, self.config), self._parts(batch))
+        return jax.tree.map(jnp.sum, sums)
+
+    def _parts(self, batch: Batch) -> Batch:
+        """A batch in `train.accumulation` parts: each array (parts, B / parts, T)."""
+        parts = self.config.train.accumulation
+        return jax.tree.map(lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), None, "B", "T"), batch)

@@ -138,13 +138,19 @@ def test_seed_decides_the_parameters():
 
 def test_accumulation_does_not_change_the_step():
     """Parts with 12, 1, 5 and 9 targets: the mean is over the batch, not over the parts' means."""
-    batch, results, sizes = make_batch(), {}, {}
-    for parts in (1, 4):
+    batch, results, losses = make_batch(), {}, {}
+    for parts in (4, 1):
         trainer = Trainer(make_config("softmax", accumulation=parts, eps=1e-2))  # smooth, unlike a sign
-        results[parts] = trainer.step(trainer.init(), batch)
-        sizes[parts] = str(jax.make_jaxpr(trainer._step)(trainer.abstract_state(), batch)).count(f"i32[{B // parts},")
         start = trainer.init()["params"]
-    assert sizes[1] > 0 and sizes[4] > 0
+        losses[parts] = trainer.loss(start, batch)
+        results[parts] = trainer.step(trainer.init(), batch)
+        # No activation of a step or of an evaluation has more rows than a part.
+        state, dim = trainer.abstract_state(), trainer.config.model.model_dim
+        for program, params in ((trainer._step, state), (trainer._loss, state["params"])):
+            text = str(jax.make_jaxpr(program)(params, batch))
+            assert [rows for rows in (1, 4) if f"f32[{rows},{T},{dim}]" in text] == [B // parts]
+    assert_close(losses[4][0], losses[1][0], "float32", reduction=B * T, name="loss of an evaluation")
+    assert float(losses[4][1]) == float(losses[1][1]) == 27
     (state, metrics), (other, other_metrics) = results[1], results[4]
     for name in ("loss", "grad_norm", "targets", "learning_rate"):
         assert_close(other_metrics[name], metrics[name], "float32", reduction=B * T, gradient=True, name=name)
