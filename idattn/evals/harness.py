@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idattn.data import Tokenizer, optional
-from idattn.evals.scores import continue_texts, score_rows, share_error
+from idattn.evals.scores import batch_rows, continue_texts, score_rows, share_error
 from idattn.files import read_json_lines, resolve_path
 from idattn.inference import Decoder
 from idattn.inference.text import encode_prompt
@@ -76,7 +76,7 @@ def make_lm(decoder: Decoder, tokenizer: Tokenizer, batch_tokens: int, window: i
         return encode_prompt(tokenizer, text)
 
     def batch_size(rows: Sequence[np.ndarray]) -> int:
-        return max(1, batch_tokens // max(map(len, rows)))
+        return batch_rows(batch_tokens, max(map(len, rows)))
 
     def score(rows: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         return score_rows(decoder, rows, batch_size(rows))

@@ -14,7 +14,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from idattn.data import TokenStream
-from idattn.evals.scores import score_rows
+from idattn.evals.scores import batch_rows, score_rows
 from idattn.files import write_figure
 from idattn.inference import Decoder
 
@@ -77,7 +77,7 @@ def length_losses(
     results = {}
     for length in lengths:
         windows = tokens[: len(tokens) // length * length].reshape(-1, length)
-        scores = score_rows(decoder, windows, max(1, batch_tokens // length), f"{name}, {length}")
+        scores = score_rows(decoder, windows, batch_rows(batch_tokens, length), f"{name}, {length}")
         nats = -np.stack([log_probs for log_probs, _ in scores]).mean(axis=0, dtype=np.float64)  # (L,), the first is 0
         bins = np.array_split(np.arange(1, length), min(_BINS, length - 1))
         loss = float(nats[1:].mean())

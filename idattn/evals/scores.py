@@ -49,6 +49,11 @@ def continue_texts(
     return written
 
 
+def batch_rows(batch_tokens: int, tokens: int) -> int:
+    """How many rows of so many tokens make a batch of `batch_tokens`; at least one."""
+    return max(1, batch_tokens // tokens)
+
+
 def share_error(share: float, count: int) -> float:
     """The standard error of a share of `count` answers, at least 2, that are right or wrong."""
     return math.sqrt(share * (1 - share) / (count - 1))

@@ -17,7 +17,7 @@ from idattn.config import Config
 from idattn.data import Tokenizer, eval_batches, load_data, load_stream, mqar_rows
 from idattn.evals import harness, length, posterior, recall
 from idattn.evals.perplexity import document_losses, token_losses
-from idattn.evals.scores import progress, share_error
+from idattn.evals.scores import batch_rows, progress, share_error
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
 
@@ -69,7 +69,7 @@ def perplexity(subject: Subject, settings: Settings) -> dict[str, Any]:
     for number, windows in enumerate(sources):
         T = config.data.seq_len
         part = [windows[i] for i in range(min(len(windows), -(-settings.max_tokens // T)))]
-        batches = list(eval_batches([part], config.train.batch_size, len(part)))
+        batches = list(eval_batches([part], min(batch_rows(settings.batch_tokens, T), len(part)), len(part)))
         sums = document_losses(losses, progress(batches, "perplexity"), tokenizer.bos_id)
         tokens = windows.stream[: len(part) * T + 1]
         starts = np.flatnonzero(tokens[:-1] == tokenizer.bos_id)
@@ -125,7 +125,7 @@ def posterior_variance(subject: Subject, settings: Settings) -> dict[str, Any]:
     _, _, sources = load_data(config.data, subject.tokenizer)
     streams = [np.asarray(windows.stream[: settings.max_tokens]).astype(np.int32) for windows in sources]
     tokens = np.concatenate([stream[: len(stream) // T * T].reshape(-1, T) for stream in streams])
-    values = posterior.measure(config, subject.params, tokens, rows(settings, T), settings.noise)
+    values = posterior.measure(config, subject.params, tokens, batch_rows(settings.batch_tokens, T), settings.noise)
     correlations = posterior.correlate(values, settings.seed)
     curves = {
         name: posterior.calibration(x, values["loss"], settings.seed)
@@ -163,7 +163,7 @@ def recalled(
             subject.tokenizer,
             questions,
             num_tokens=128,
-            batch_size=rows(settings, longest),
+            batch_size=batch_rows(settings.batch_tokens, longest),
             whole=whole,
         )
         result["metrics"][name], result["sha256"][name] = share, recall.fingerprint(questions)
@@ -183,7 +183,7 @@ def mqar(subject: Subject, settings: Settings) -> dict[str, Any]:
             )
             name = f"{pairs} pairs in {T}"
             result["metrics"][name] = recall.mqar_accuracy(
-                subject.decoder, tokens, is_answer, batch_size=rows(settings, T)
+                subject.decoder, tokens, is_answer, batch_size=batch_rows(settings.batch_tokens, T)
             )
             result["sha256"][name] = recall.fingerprint(tokens)
     return result
@@ -207,11 +207,6 @@ def lm_eval(subject: Subject, settings: Settings, task: str) -> dict[str, Any]:
         "window": settings.window,
         "versions": {"lm_eval": harness.package_version()} | versions,
     }
-
-
-def rows(settings: Settings, tokens: int) -> int:
-    """How many rows of so many tokens are read together."""
-    return max(1, settings.batch_tokens // tokens)
 
 
 # A task is a row here: it returns its `metrics` by name, with whatever else its record shall hold.

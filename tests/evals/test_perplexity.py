@@ -1,12 +1,17 @@
 """Losses of tokens against the model's log-probabilities, and their sums by document."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from support.helpers import assert_close
+from support.models import run_of
 
 from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from idattn.data import TokenWindows, eval_batches
+from idattn.data import TokenWindows, eval_batches, load_tokenizer
+from idattn.evals import tasks
 from idattn.evals.perplexity import document_losses, token_losses
 from idattn.nn import LanguageModel
 
@@ -45,3 +50,25 @@ def test_document_losses():
     sums = document_losses(lambda batch: batch["targets"] * batch["loss_mask"], batches, BOS)
     documents = np.split(stream, np.flatnonzero(stream == BOS))[1:]
     assert sums.tolist() == [[document[1:].sum(), len(document) - 1] for document in documents]
+
+
+def test_task_reads_batch_tokens_at_a_time(model, tmp_path, monkeypatch):
+    """Whatever the batch of the run was; with the same losses."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"id": "{name}", "text": "{name * 70}"}}\n' for name in "ab"))
+    run = run_of(model.config)
+    data = dataclasses.replace(run.data, source=str(tmp_path / "a.jsonl"), holdout=("b",), tokenizer="bytes")
+    subject = tasks.Subject(dataclasses.replace(run, data=data), nnx.split(model)[1], None, load_tokenizer("bytes"))
+    shapes, sums = [], tasks.document_losses
+
+    def seen(losses, batches, bos_id):
+        batches = list(batches)
+        shapes.append({batch["inputs"].shape for batch in batches})
+        return sums(losses, batches, bos_id)
+
+    monkeypatch.setattr(tasks, "document_losses", seen)
+    few, all_at_once = (
+        tasks.run_task("perplexity", subject, tasks.Settings(batch_tokens=batch_tokens))["metrics"]
+        for batch_tokens in (2 * 16 + 1, 2**14)
+    )
+    assert run.train.batch_size not in (2, 5) and shapes == [{(2, 16)}, {(5, 16)}]  # a window is not filled with others
+    assert all_at_once == pytest.approx(few, rel=1e-5)
