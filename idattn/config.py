@@ -291,7 +291,8 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps; always after the last
     keep_latest: int = 2  # the newest checkpoints
     keep_best: int = 1  # checkpoints with the lowest validation loss
-    ngram_orders: int = 0  # of a text: n-grams of order 1 to this many, to print beside the validation loss; 0: none
+    # n-grams of order 1 to this many, to print beside the validation loss; 0 and for prepared folders: none
+    ngram_orders: int = 0
     sample_prompt: str = ""  # print a continuation of this text after training; empty: none
     sample_tokens: int = 400
 

@@ -30,7 +30,7 @@ class TokenWindows:
 
     Attributes:
       stream: (tokens,) all documents, an array or a `TokenStream`.
-      is_text: every token of a document counts.
+      is_text: it is text in memory, and every token of a document counts.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class TokenWindows:
             raise ValueError(f"the documents make {len(stream)} tokens; a window needs at least 2.")
         self.stream = stream
         self._bos_id, self._seq_len, self._reset = bos_id, seq_len, documents == "reset"
-        self._is_target, self.is_text = is_target, is_target is None
+        self._is_target = is_target
+        self.is_text = is_target is None and not isinstance(stream, TokenStream)
 
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self._seq_len)

@@ -101,7 +101,8 @@ def test_data(tmp_path):
     tiny.append("--config.train.sample_prompt=")  # `test_train` shows one
     done = run_program("train", *tiny, *settings, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert f"validation loss on the validation documents of {folder}, nats per byte\n  n-grams of" in done.stdout
+    # TINY asks for n-grams, but a folder may be larger than the memory.
+    assert f"validation loss on the validation documents of {folder}: " in done.stdout and "n-grams" not in done.stdout
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     windows = -(-sum(len(row["text"]) for row in rows) // 16)
     assert all(0 < 2 * row["step"] / windows < row["epoch"] for row in metrics if "epoch" in row)
