@@ -267,6 +267,20 @@ def test_what_crosses_does_not_depend_on_the_length(options):
     assert long.output_shardings.shard_shape((2, 512, 16)) == (2, 128, 16)
 
 
+def test_shards_of_few_tokens():
+    """A token each is enough for the state; convolutions need as many as they look back."""
+    with pytest.raises(ValueError, match="a shard of 2 tokens must have at least conv_width - 1 = 3"):
+        make_layer(8, 4)
+    layer = InterdomainAttention(16, 4, rngs=nnx.Rngs(0), num_modes=5, conv_width=0, core="clock")
+    x = jax.random.normal(jax.random.key(0), (B, 4, 16))
+    state = layer(x)[1]
+    expected = layer(x, state=state)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4, tensor=2))):
+        actual = jax.jit(lambda x, state: layer(x, state=state))(x, state)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(ours, np.asarray(theirs), "float32", reduction=8)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -53,7 +53,7 @@ class AdaptiveCore(SSMCore):
         gains = None if gain is None else jax.nn.sigmoid(gain)
         write = "delta" if gains is None else ssm.write  # what gains do, if there are any
         state, segments, basis = None if memory is None else memory.state, documents.segments, self.basis()
-        if state is not None and segments is None and q.shape[1] == 1:
+        if state is not None and segments is None and axis is None and q.shape[1] == 1:
             steps, b = (None if x is None else x[:, 0] for x in (log_steps, gains))
             o, state = ops.adaptive_step(
                 q[:, 0], k[:, 0], v[:, 0], basis, state, log_steps=steps, gains=b, readout=ssm.readout, write=write

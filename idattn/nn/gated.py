@@ -86,14 +86,13 @@ class GatedCore(nnx.Module):
         rest = {name: x.astype(dtype) for name, x in projected.items() if name not in CONVOLVED}
         x = self.recur(heads, rest)
         state, segments = None if memory is None else memory.state, documents.segments
-        if state is not None and segments is None and x.q.shape[1] == 1:
+        if state is not None and segments is None and axis is None and x.q.shape[1] == 1:
             q, k, v, log_decays = (y[:, 0] for y in x[:4])
             o, state = ops.gated_step(q, k, v, log_decays, state, gains=None if x.gains is None else x.gains[:, 0])
             o = o[:, None]
         else:
-            backend = "recurrent" if self.compute.backend == "recurrent" else "chunkwise"
             attend = partial(
-                ops.gated_attention, log_decays=x.log_decays, gains=x.gains, backend=backend,
+                ops.gated_attention, log_decays=x.log_decays, gains=x.gains, backend=self.compute.backend,
                 chunk_size=self.compute.chunk_size or None, segment_ids=segments,
             )  # fmt: skip
             with jax.named_scope("op"):

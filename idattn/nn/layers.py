@@ -122,6 +122,11 @@ class ShortConv(nnx.Module):
           axis: the mesh axis that the tokens are split over, or None; then `tail` is that of the whole sequence.
         """
         if axis is not None:
+            if x.shape[1] < self.width - 1:
+                raise ValueError(
+                    f"a shard of {x.shape[1]} tokens must have at least conv_width - 1 = {self.width - 1}, as far as a "
+                    "convolution looks back; use longer rows, or fewer devices for mesh.sequence."
+                )
             tail = halo(self.next_tail(x, None, documents.segments), tail, documents, axis)
         inputs = HeadInputs(x, taps=self.taps[...], conv_bias=self.bias[...], tail=tail, positions=documents.borders)
         return inputs, self.next_tail(x, tail, documents.segments)

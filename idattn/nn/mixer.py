@@ -139,7 +139,8 @@ class Mixer(nnx.Module):
         Args:
           x: (B, T, D) in the dtype to compute in.
           segment_ids: (B, T) as in `idattn.ops.interdomain_attention`; None for one document a row.
-          state: as returned by an earlier call or by `init_state`, to resume from there; None to start anew.
+          state: as returned by an earlier call or by `init_state`, to resume from there; None to start anew. A memory
+            that grows has to come from `init_state`.
 
         Outside of `jax.jit` the call is compiled as a whole, once for each shape. A mixer with variables other than
         nnx.Param, which a call may change, is not.
@@ -153,6 +154,11 @@ class Mixer(nnx.Module):
         self, x: jax.Array, segment_ids: jax.Array | None, state: LayerState | None
     ) -> tuple[jax.Array, LayerState]:
         """`__call__`, operation by operation."""
+        if self.grows and state is not None and state.memory is None:
+            raise ValueError(
+                f"the state has no tokens to resume from: {type(self).__name__} keeps them where a sequence starts "
+                "from `init_state(batch_size, max_tokens)`, with room for all that is to come."
+            )
         start = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.position
         documents, end = find_documents(segment_ids, start, x.shape[:2], getattr(self, "config", None))
         y, memory = self.mix(x, documents, None if state is None else state.memory)
@@ -167,7 +173,7 @@ class Mixer(nnx.Module):
         dtype: jnp.dtype = jnp.dtype("float32"),
         state_dtype: jnp.dtype | None = None,
     ) -> LayerState:
-        """The state before the first token; arguments as in `init_memory`."""
+        """The state before the first token; arguments as in `init_memory`, `max_tokens` being those of all calls."""
         memory = self.init_memory(batch_size, max_tokens, dtype, state_dtype)
         return LayerState(memory, jnp.zeros(batch_size, jnp.int32))
 

@@ -152,6 +152,8 @@ class SoftmaxAttention(Mixer):
     def _attend_in_cache(self, q, k, v, documents: Documents, cache: KVCache):
         """The tokens are written into the cache, and attend to what it holds of their documents."""
         B, T = documents.positions.shape
+        if cache.capacity() < T:
+            raise ValueError(f"{T} tokens do not fit into a cache with room for max_tokens={cache.capacity()}.")
         is_token = jnp.ones((B, T), bool) if documents.run is None else documents.run != PADDING
         layer = 0 if cache.layer is None else cache.layer
         # The slot of each token; padding has the slot of the token before it.

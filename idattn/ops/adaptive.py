@@ -9,15 +9,22 @@ from idattn.choices import READOUTS, check_choice
 from idattn.ops import adaptive_chunks
 from idattn.ops.adaptive_chunks import FLOOR, Inputs
 from idattn.ops.api import interdomain_attention
-from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
+from idattn.ops.arguments import (
+    cast,
+    check_basis,
+    check_heads,
+    check_segments,
+    check_serial,
+    check_shape,
+    check_state,
+    state_dtype,
+)
 from idattn.ops.chunks import decay_state
 from idattn.ops.discretize import Basis, discretize, mode_weights
 from idattn.ops.planes import flatten_planes, real_part_row
 from idattn.ops.segments import Segments
 from idattn.ops.tree_chunks import scan_tokens
 from idattn.shapes import Keys, Outputs, Queries, SegmentIds, State, Values
-
-BACKENDS = ("auto", "chunkwise", "recurrent")  # of `idattn.ops.BACKENDS`
 
 
 def adaptive_attention(
@@ -71,22 +78,13 @@ def adaptive_attention(
       ValueError: a shape, dtype or chunk size does not fit, or a name is unknown.
     """
     check_choice("readout", readout, READOUTS)
-    check_choice("backend", backend, BACKENDS)
+    check_serial(backend, chunk_size)
     check_write(write, readout)
-    check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
-    B, T, H, R = q.shape
-    G, E = k.shape[2], v.shape[3]
-    check_shape("k", k, (B, T, G, R), "B T G R, with B, T and R those of q")
-    check_shape("v", v, (B, T, G, E), "B T G E, with B, T and G those of k")
-    for name, x in {"log_steps": log_steps, "gains": gains}.items():
-        if x is not None:
-            check_shape(name, x, (B, T, G), "B T G, a number for each token and state")
-    if H % G:
-        raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
+    check_heads("B T", q, k, v)
+    (B, T, _, R), (G, E) = q.shape, v.shape[2:]
+    _check_controls((B, T, G), log_steps=log_steps, gains=gains)
     if log_steps is None and gains is None:
         raise ValueError("log_steps=None and gains=None leave the paper's op; use interdomain_attention.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1.")
     dtype = state_dtype(basis, q, k, v)
     state = check_state(initial_state, (B, G, R + E, 2 * check_basis(basis, G)), dtype)
     basis, segments = cast(basis, dtype), check_segments(segment_ids, B, T)
@@ -95,8 +93,14 @@ def adaptive_attention(
     if backend == "recurrent":
         return _recurrent(inputs, basis, state, segments, readout, write)
     if gains is None:
-        return _with_clock(readout, chunk_size, inputs, basis, state, segments)
+        return _with_clock(readout, chunk_size, backend, inputs, basis, state, segments)
     return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, write=write, chunk_size=chunk_size)
+
+
+def _check_controls(shape: tuple[int, ...], **controls: jax.Array | None) -> None:
+    for name, x in controls.items():
+        if x is not None:
+            check_shape(name, x, shape, "a number for each token and state")
 
 
 def check_write(write: str, readout: str) -> None:
@@ -106,14 +110,16 @@ def check_write(write: str, readout: str) -> None:
         raise ValueError(f"{write=} needs readout='hermitian', not {readout!r}.")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_clock(readout: str, chunk_size: int | None, inputs: Inputs, basis: Basis, state, segments):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _with_clock(
+    readout: str, chunk_size: int | None, backend: str, inputs: Inputs, basis: Basis, state: State, segments
+):
     """A clock alone. Where all steps are Delta, the numbers are those of the paper's op, to the last bit."""
 
     def paper():
         return interdomain_attention(
-            inputs.q, inputs.k, inputs.v, basis, chunk_size=chunk_size, segment_ids=segments, initial_state=state,
-            return_state=True, readout=readout,
+            inputs.q, inputs.k, inputs.v, basis, backend=backend, chunk_size=chunk_size, segment_ids=segments,
+            initial_state=state, return_state=True, readout=readout,
         )  # fmt: skip
 
     def clock():
@@ -127,11 +133,11 @@ def _clocked(readout: str, chunk_size: int | None):
     return partial(adaptive_chunks.attend, readout=readout, write="add", chunk_size=chunk_size)
 
 
-def _with_clock_forward(readout: str, chunk_size: int | None, *arguments):
-    return _with_clock(readout, chunk_size, *arguments), arguments
+def _with_clock_forward(readout: str, chunk_size: int | None, backend: str, *arguments):
+    return _with_clock(readout, chunk_size, backend, *arguments), arguments
 
 
-def _with_clock_backward(readout: str, chunk_size: int | None, arguments, cotangents):
+def _with_clock_backward(readout: str, chunk_size: int | None, backend: str, arguments, cotangents):
     """By the clock in any case: the paper's op has no steps that a gradient could reach."""
     *arrays, segments = arguments
     attend = partial(_clocked(readout, chunk_size), segments=segments)
@@ -168,10 +174,18 @@ def adaptive_step(
 
     Returns:
       The outputs (B, H, E) in the dtype of `q`, and the state after the token, float32 or wider.
+
+    Raises:
+      ValueError: a shape or dtype does not fit, or a name is unknown.
     """
-    (B, H, R), G = q.shape, k.shape[1]
+    check_choice("readout", readout, READOUTS)
+    check_write(write, readout)
+    check_heads("B", q, k, v)
+    (B, H, R), (G, E) = q.shape, v.shape[1:]
+    _check_controls((B, G), log_steps=log_steps, gains=gains)
     dtype = state_dtype(basis, q, k, v)
-    basis, state = cast(basis, dtype), state.astype(dtype)
+    state = check_state(state, (B, G, R + E, 2 * check_basis(basis, G)), dtype)
+    basis = cast(basis, dtype)
     q_, k, v = (x.astype(dtype) for x in (q, k, v))
     if log_steps is None:
         lam, beta = (x[None] for x in discretize(basis))

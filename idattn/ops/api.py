@@ -10,7 +10,16 @@ from absl import logging
 
 from idattn.choices import READOUTS, check_choice
 from idattn.ops import chunk_linear, chunks, chunkwise, fft, pallas_gpu, pallas_tpu, prepare, recurrent
-from idattn.ops.arguments import cast, check_basis, check_rank, check_segments, check_shape, check_state, state_dtype
+from idattn.ops.arguments import (
+    cast,
+    check_basis,
+    check_heads,
+    check_rank,
+    check_segments,
+    check_shape,
+    check_state,
+    state_dtype,
+)
 from idattn.ops.backend import Backend, Rule
 from idattn.ops.discretize import Basis, discretize, linear_readout_row, mode_weights
 from idattn.ops.planes import flatten_planes, real_part_row
@@ -68,7 +77,7 @@ def interdomain_attention(
     The cost is linear in T. Chunked backends ("auto" among them) have a backward pass written by hand and no forward
     mode: `jax.jvp`, `jax.linearize` and `jax.hessian` need backend="recurrent" or "fft". Products are computed in the
     dtype of `q`, accumulated in float32 or better; the state and everything made from `basis` are float32 (float64 if
-    any input is).
+    q, k, v or `basis.log_delta` is).
 
     Args:
       q: (B, T, H, R) features of the queries, xi(q) (eq. 10); floating point, as are k and v.
@@ -82,8 +91,8 @@ def interdomain_attention(
         with chunk_size=1 it is a scan over tokens), "pallas_tpu" (fused kernels, for TPUs only), "pallas_gpu"
         (kernels for H100, H200 and A100, which no card has run yet) or "auto" (by the platform that is compiled for:
         pallas_tpu on TPUs where it can run, else chunkwise).
-      chunk_size: tokens in a chunk, at least 1. Changes speed and memory only. None for 128, but 64 on CPUs and in
-        pallas_gpu. pallas_tpu needs a multiple of 128, pallas_gpu one of 64.
+      chunk_size: tokens in a chunk, at least 1. Changes speed and memory only. None for 128, but 64 in pallas_gpu
+        and in chunkwise on CPUs. pallas_tpu needs a multiple of 128, pallas_gpu one of 64.
       segment_ids: (B, T) integers. A change from one token to the next starts a new document from a zero state;
         -1 marks padding, whose output is 0 and which leaves the state as it is. None for one document a row; or the
         result of `idattn.ops.segments.find_segments`.
@@ -102,13 +111,8 @@ def interdomain_attention(
     """
     check_choice("readout", readout, READOUTS)
     chosen = _find_backend(backend)
-    check_rank(q=(q, "B T H R"), k=(k, "B T G R"), v=(v, "B T G E"))
-    B, T, H, R = q.shape
-    G, E = k.shape[2], v.shape[3]
-    check_shape("k", k, (B, T, G, R), "B T G R, with B, T and R those of q")
-    check_shape("v", v, (B, T, G, E), "B T G E, with B, T and G those of k")
-    if H % G:
-        raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
+    check_heads("B T", q, k, v)
+    (B, T, _, R), (G, E) = q.shape, v.shape[2:]
     dtype = state_dtype(basis, q, k, v)
     M = check_basis(basis, G)
     shape = (B, G, R + E, 2 * M)
@@ -254,13 +258,8 @@ def step(
       ValueError: a shape or dtype does not fit, or the readout is unknown.
     """
     check_choice("readout", readout, READOUTS)
-    check_rank(q=(q, "B H R"), k=(k, "B G R"), v=(v, "B G E"))
-    B, H, R = q.shape
-    G, E = k.shape[1], v.shape[2]
-    check_shape("k", k, (B, G, R), "B G R, with B and R those of q")
-    check_shape("v", v, (B, G, E), "B G E, with B and G those of k")
-    if H % G:
-        raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
+    check_heads("B", q, k, v)
+    (B, H, R), (G, E) = q.shape, v.shape[1:]
     dtype = state_dtype(basis, q, k, v)
     state = check_state(state, (B, G, R + E, 2 * check_basis(basis, G)), dtype)
     basis = cast(basis, dtype)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from idattn.ops.discretize import Basis
 from idattn.ops.segments import Segments, find_segments
 
+SERIAL = ("auto", "chunkwise", "recurrent")
+
 
 def check_rank(**arrays: tuple[jax.Array, str]) -> None:
     for name, (array, axes) in arrays.items():
@@ -18,6 +20,24 @@ def check_rank(**arrays: tuple[jax.Array, str]) -> None:
 def check_shape(name: str, array: jax.Array, expected: tuple[int, ...], rule: str) -> None:
     if array.shape != expected:
         raise ValueError(f"{name} of shape {array.shape} must have the shape {expected}: {rule}.")
+
+
+def check_heads(axes: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """q must be `axes` H R, k `axes` G R and v `axes` G E, where G divides H."""
+    check_rank(q=(q, f"{axes} H R"), k=(k, f"{axes} G R"), v=(v, f"{axes} G E"))
+    (*lead, H, R), G = q.shape, k.shape[-2]
+    check_shape("k", k, (*lead, G, R), f"{axes} G R, all but G those of q")
+    check_shape("v", v, (*lead, G, v.shape[-1]), f"{axes} G E, all but E those of k")
+    if H % G:
+        raise ValueError(f"the key-value heads of k, {G=}, must divide the query heads of q, {H=}.")
+
+
+def check_serial(backend: str, chunk_size: int | None) -> None:
+    """The options of the ops whose states follow the data: they have two backends, neither a kernel."""
+    if backend not in SERIAL:
+        raise ValueError(f"{backend=} is none of this op's, which are {', '.join(SERIAL)}; 'auto' suits every op.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
 
 
 def check_basis(basis: Basis, G: int) -> int:

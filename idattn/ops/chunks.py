@@ -143,6 +143,7 @@ def interdomain(
     K = chunk_size
     tables = make_tables(basis, K, readout)
     last = last_tokens(segments, B, T)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     (q, k, v), run = pad_to_chunks((q, k, v), segments, K)
     outputs = _attend(rule, q, k, v, tables, initial_state, run, jnp.maximum(last, 0) // K)
     o, start = outputs  # pyright: ignore[reportGeneralTypeIssues]  # custom_vjp hides what its function returns

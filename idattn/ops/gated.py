@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.choices import check_choice
-from idattn.ops.arguments import check_rank, check_segments, check_shape
+from idattn.ops.arguments import check_rank, check_segments, check_serial, check_shape
 from idattn.ops.segments import Segments
 from idattn.ops.tree import make_tree
 from idattn.ops.tree_chunks import (
@@ -23,8 +22,6 @@ from idattn.ops.tree_chunks import (
     weights_on_tokens,
 )
 from idattn.shapes import SegmentIds
-
-BACKENDS = ("auto", "chunkwise", "recurrent")  # of `idattn.ops.BACKENDS`
 
 
 class Inputs(NamedTuple):
@@ -76,16 +73,9 @@ def gated_attention(
     Raises:
       ValueError: a shape, dtype or chunk size does not fit, or a name is unknown.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_rank(q=(q, "B T H R"), k=(k, "B T H R"), v=(v, "B T H E"), log_decays=(log_decays, "B T H R"))
+    check_serial(backend, chunk_size)
+    _check("B T", q, k, v, log_decays, gains)
     (B, T, H, R), E = q.shape, v.shape[3]
-    check_shape("k", k, (B, T, H, R), "that of q")
-    check_shape("v", v, (B, T, H, E), "B T H E, with B, T and H those of q")
-    check_shape("log_decays", log_decays, (B, T, H, 1 if log_decays.shape[3] == 1 else R), "that of q, or 1 for R")
-    if gains is not None:
-        check_shape("gains", gains, (B, T, H), "B T H, a number for each token and head")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1.")
     dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
     state = jnp.zeros((B, H, E, R), dtype) if initial_state is None else initial_state.astype(dtype)
     check_shape("the state", state, (B, H, E, R), "B H E R")
@@ -94,6 +84,18 @@ def gated_attention(
     if backend == "recurrent":
         return scan_tokens(_step, inputs, state, segments)
     return jax.checkpoint(partial(scan_groups, _group, chunk_size=chunk_size))(inputs, state, segments)
+
+
+def _check(axes: str, q: jax.Array, k: jax.Array, v: jax.Array, log_decays: jax.Array, gains: jax.Array | None) -> None:
+    """The shapes of tokens with the leading axes `axes`."""
+    qk = f"{axes} H R"
+    check_rank(q=(q, qk), k=(k, qk), v=(v, f"{axes} H E"), log_decays=(log_decays, qk))
+    *lead, R = q.shape
+    check_shape("k", k, q.shape, "that of q")
+    check_shape("v", v, (*lead, v.shape[-1]), "that of q, but for the last axis")
+    check_shape("log_decays", log_decays, (*lead, 1 if log_decays.shape[-1] == 1 else R), "that of q, or 1 for R")
+    if gains is not None:
+        check_shape("gains", gains, tuple(lead), "a number for each token and head")
 
 
 def _step(x: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +124,12 @@ def gated_step(
 
     Returns:
       The outputs (B, H, E) in the dtype of `q`, and the state after the token, float32 or wider.
+
+    Raises:
+      ValueError: a shape or dtype does not fit.
     """
+    _check("B", q, k, v, log_decays, gains)
+    check_shape("the state", state, (*v.shape, k.shape[-1]), "B H E R")
     dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
     q_, k, u = (x.astype(dtype) for x in (q, k, v))
     state = state.astype(dtype) * jnp.exp(log_decays.astype(dtype))[:, :, None]

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from idattn.choices import FEATURES, check_choice
-from idattn.ops.segments import PADDING, Segments, document_positions, find_segments
+from idattn.ops.arguments import check_heads, check_segments, check_shape
+from idattn.ops.segments import PADDING, Segments, document_positions
 from idattn.shapes import SegmentIds
 
 
@@ -134,8 +135,12 @@ def ideal_step(
 
     Returns:
       The outputs (B, H, E) in the dtype of `v`, and the state after the token.
+
+    Raises:
+      ValueError: shapes do not fit.
     """
     coefficients, position = state
+    _check("B", q, k, v, coefficients, coefficients.shape[2])
     dtype, R, M = coefficients.dtype, q.shape[-1], coefficients.shape[2]
     f = jnp.concatenate([k, v], axis=-1).astype(dtype)
     starts = position[:, None, None, None] == 0  # there E = 0, but adding -I would leave rounding errors
@@ -190,21 +195,15 @@ def ideal_attention(
     Raises:
       ValueError: shapes do not fit, or a number is out of its range.
     """
-    B, T, H, R = q.shape
-    if k.shape != q.shape or v.shape[:3] != (B, T, H):
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must have the shapes B T H R, B T H R and B T H E.")
     if num_modes < 1 or not floor > 0:
         raise ValueError(f"{num_modes=} must be at least 1, and {floor=} greater than 0.")
     dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
-    shape = (B, H, num_modes, R + v.shape[-1])
+    _check("B T", q, k, v, None if initial_state is None else initial_state.coefficients, num_modes)
+    (B, T, H, R), E = q.shape, v.shape[3]
     if initial_state is None:
-        initial_state = IdealState(jnp.zeros(shape, dtype), jnp.zeros(B, jnp.int32))
-    elif initial_state.coefficients.shape != shape:
-        raise ValueError(
-            f"the state of shape {initial_state.coefficients.shape} must have the shape {shape}: B H M R+E."
-        )
-    ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-    segments = ids if isinstance(ids, Segments) else find_segments(ids)
+        initial_state = IdealState(jnp.zeros((B, H, num_modes, R + E), dtype), jnp.zeros(B, jnp.int32))
+    segments = check_segments(jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids, B, T)
+    assert segments is not None, "there are ids"
     positions, end = document_positions(segments, initial_state.position)
     is_token = segments.run != PADDING
     # Whatever padding holds, NaN included, must not reach the products: their gradients would be NaN too.
@@ -219,3 +218,12 @@ def ideal_attention(
     inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, positions, is_token))
     coefficients, o = jax.lax.scan(advance, initial_state.coefficients.astype(dtype), inputs)
     return jnp.moveaxis(o, 0, 1), IdealState(coefficients, end)
+
+
+def _check(axes: str, q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array | None, num_modes: int) -> None:
+    """The shapes of tokens with the leading axes `axes`, and of coefficients (B, H, M, R + E)."""
+    check_heads(axes, q, k, v)
+    check_shape("k", k, q.shape, "that of q")
+    if state is not None:
+        shape = (q.shape[0], q.shape[-2], num_modes, q.shape[-1] + v.shape[-1])
+        check_shape("the state", state, shape, "B H M R+E")

@@ -15,6 +15,8 @@ from idattn.ops.backend import Backend
 from idattn.ops.discretize import Basis, discretize
 from idattn.ops.segments import PADDING, Segments
 
+_einsum = partial(jnp.einsum, precision="highest")  # on TPUs and GPUs float32 products have fewer bits by default
+
 
 def interdomain(
     q: jax.Array,
@@ -33,13 +35,13 @@ def interdomain(
     c = _complex_c(basis)
 
     def read(state, q_t):  # state (B, G, M, R + E), q_t (B, H, R)
-        coefficients = jnp.einsum("gmn,bgnw->bgmw", c, state)
+        coefficients = _einsum("gmn,bgnw->bgmw", c, state)
         u, gamma = coefficients[..., :R], coefficients[..., R:]
-        xi_u = jnp.einsum("bgjr,bgmr->bgjm", q_t.reshape(B, G, H // G, R), u)
+        xi_u = _einsum("bgjr,bgmr->bgjm", q_t.reshape(B, G, H // G, R), u)
         if readout == "real":
-            return jnp.einsum("bgjm,bgme->bgje", xi_u.real, gamma.real).reshape(B, H, E)
+            return _einsum("bgjm,bgme->bgje", xi_u.real, gamma.real).reshape(B, H, E)
         xi_u = xi_u.conj() if readout == "hermitian" else xi_u
-        return jnp.einsum("bgjm,bgme->bgje", xi_u, gamma).real.reshape(B, H, E)
+        return _einsum("bgjm,bgme->bgje", xi_u, gamma).real.reshape(B, H, E)
 
     z = jnp.concatenate([k, v], axis=-1).astype(dtype)
     o, state = _scan(read, z, basis, initial_state, segments, q.astype(dtype))
@@ -59,7 +61,7 @@ def linear(
     c = _complex_c(basis)
 
     def read(state, _):
-        return jnp.einsum("gm,gmn,bgnw->bgw", c_out, c, state).real
+        return _einsum("gm,gmn,bgnw->bgw", c_out, c, state).real
 
     y, state = _scan(read, z.astype(initial_state.dtype), basis, initial_state, segments, None)
     return y.astype(z.dtype), state

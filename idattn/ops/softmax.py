@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.segments import Segments, find_segments
+from idattn.ops.arguments import check_segments
+from idattn.ops.segments import Segments
 from idattn.shapes import SegmentIds
 
 LANES = 128  # of a TPU's vector registers
@@ -25,11 +26,12 @@ def softmax_attention(
 
     Returns:
       (B, T, H, R) in the dtype of `q`.
+
+    Raises:
+      ValueError: the segment ids are no integers, or not one for each token.
     """
-    if segment_ids is None:
-        run = None
-    else:
-        run = (segment_ids if isinstance(segment_ids, Segments) else find_segments(segment_ids)).run
+    segments = check_segments(segment_ids, *q.shape[:2])
+    run = None if segments is None else segments.run
     if q.shape[1] % LANES:
         return _plain(q, k, v, run)
     return jax.lax.platform_dependent(q, k, v, run, tpu=splash, default=_plain)

@@ -45,8 +45,9 @@ class Tree(NamedTuple):
 
 
 def chunk_length(size: int, T: int) -> int:
-    """The largest power of two up to `size`, but no more than T tokens need."""
-    return 1 << min(size.bit_length() - 1, max(T - 1, 0).bit_length())
+    """The largest power of two up to `size`, but no more than T tokens need, where T is known."""
+    largest = size.bit_length() - 1
+    return 1 << (min(largest, (T - 1).bit_length()) if isinstance(T, int) else largest)
 
 
 def block_length(K: int) -> int:

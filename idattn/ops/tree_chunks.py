@@ -51,7 +51,7 @@ def scan_groups(
     """
     B, T = jax.tree.leaves(inputs)[0].shape[:2]
     K = chunk_length(min(LARGEST_CHUNK, LARGEST_CHUNK if chunk_size is None else chunk_size), T)
-    group = min(GROUP, -(-T // K))
+    group = min(GROUP, -(-T // K)) if isinstance(T, int) else GROUP
     inputs, run = _pad(inputs, segments, K * group)
     count = jax.tree.leaves(inputs)[0].shape[1] // (K * group)
 
@@ -72,7 +72,7 @@ def _pad(inputs: Any, segments: Segments | None, size: int) -> tuple[Any, jax.Ar
     """The inputs in whole groups of tokens, 0 at padding; and the run of every token."""
     arrays, structure = jax.tree.flatten(inputs)
     B, T = arrays[0].shape[:2]
-    if segments is None and T % size:  # then there is padding
+    if segments is None and not (isinstance(T, int) and T % size == 0):  # then there is padding, or may be
         segments = Segments(jnp.zeros((B, T), jnp.int32), jnp.full(B, T - 1, jnp.int32))
     arrays, run = pad_to_chunks(tuple(arrays), segments, size)
     return structure.unflatten(zero_padding(arrays, run)), run

@@ -271,6 +271,16 @@ def test_state_follows_the_last_token_that_is_not_padding(name):
         assert_close(after[b], alone[n : n + T], "float32", reduction=T * D)
 
 
+@pytest.mark.parametrize("name", ["softmax", "softmax_conv"])
+def test_a_cache_that_cannot_hold_the_tokens_is_refused(name):
+    mixer, x = make_mixer(name), inputs()
+    _, state = mixer(x)
+    with pytest.raises(ValueError, match=r"no tokens to resume from: \w+ keeps them .* `init_state"):
+        mixer(x, state=state)
+    with pytest.raises(ValueError, match=f"{T} tokens do not fit into a cache with room for max_tokens=4"):
+        mixer(x, state=mixer.init_state(B, 4))
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_a_reset_in_a_later_call_forgets_the_state(name):
     mixer, x, more = make_mixer(name), inputs(), inputs(1)
@@ -366,10 +376,19 @@ def test_parameters_of_the_layer_name_their_group():
     assert groups["other"] == {f"core.{n}_conv.{p}" for n in ("key", "query") for p in ("taps", "bias")}
 
 
-@pytest.mark.parametrize("name", ["interdomain", "s4d"])
-def test_batch_and_length_may_be_symbolic(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("interdomain", {}),
+        ("s4d", {}),
+        ("interdomain", {"core": "clock"}),
+        ("gated_deltanet", {}),
+    ],
+    ids=str,
+)
+def test_batch_and_length_may_be_symbolic(name, options):
     """One program of jax.export for any of them, shorter and longer than a chunk."""
-    mixer = make_mixer(name)
+    mixer = make_mixer(name, **options)
     x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, t, {D}"), jnp.float32)
     exported = jax.export.export(jax.jit(lambda x: mixer(x)[0]))(x)
     for length in (1, T):

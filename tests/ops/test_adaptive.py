@@ -9,6 +9,7 @@ import pytest
 from support import helpers, oracles
 
 from idattn.ops import Basis, adaptive_attention, adaptive_step, interdomain_attention
+from idattn.ops.arguments import SERIAL
 from idattn.ops.tree import solve, unit_inverse
 
 SIZES = dict(H=4, G=2, R=4, E=3, M=5)
@@ -112,6 +113,14 @@ def test_a_clock_that_stands_at_zero_is_the_paper_bit_for_bit():
     helpers.assert_close(moved[0], expected[0], "float32", reduction=10**6)
 
 
+def test_a_clock_takes_the_backend_that_is_named():
+    """Also where it stands, and the paper's op has a kernel for TPUs."""
+    case = make_case(np.random.default_rng(0), "clock", 1, 128, H=2, R=64, E=64, M=64)
+    case = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in case.items()}
+    kernels = {name: "pallas_call" in str(jax.make_jaxpr(op(name, None, "transpose"))(case)) for name in SERIAL}
+    assert kernels == {"auto": True, "chunkwise": False, "recurrent": False}
+
+
 KEYS = {"the same key": lambda t: 0 * t, "two keys in turn": lambda t: t % 2, "keys that never return": lambda t: t}
 
 
@@ -166,3 +175,11 @@ def test_bad_arguments_are_named():
         op("chunkwise", 4, "real", "damped")(case)
     with pytest.raises(ValueError, match="chunk_size=0"):
         op("chunkwise", 0, "transpose")(case)
+    token = [case[name][:, 0] for name in ("q", "k", "v")]
+    rest = Basis(case["log_delta"], case["a_log"], case["a_imag"], None), case["initial_state"]
+    with pytest.raises(ValueError, match="write='dampd' is not known"):
+        adaptive_step(*token, *rest, gains=case["gains"][:, 0], write="dampd", readout="hermitian")
+    with pytest.raises(ValueError, match="write='damped' needs readout='hermitian', not 'transpose'"):
+        adaptive_step(*token, *rest, gains=case["gains"][:, 0], write="damped")
+    with pytest.raises(ValueError, match=r"gains of shape \(2, 3\) must have the shape \(2, 2\)"):
+        adaptive_step(*token, *rest, gains=np.zeros((2, 3)))

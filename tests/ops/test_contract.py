@@ -332,6 +332,14 @@ def test_products_of_half_precision_are_summed_in_float32():
         assert (float(total), total.dtype) == (2**17, jnp.float32)
 
 
+def test_keys_and_values_are_computed_with_in_the_dtype_of_queries():
+    arguments = valid_arguments(segment_ids=None, return_state=True, chunk_size=2)
+    arguments |= {name: jnp.asarray(arguments[name], "bfloat16") / 3 for name in ("k", "v")}
+    wide = {name: arguments[name].astype("float32") for name in ("k", "v")}
+    for ours, theirs in zip(*(interdomain_attention(**(arguments | x)) for x in ({}, wide)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 LINEAR_SHAPES = [
     ("chunkwise", 17, 4, 3, "full", True),
     ("associative", 17, 4, 1, "full", True),

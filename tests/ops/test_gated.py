@@ -142,3 +142,5 @@ def test_bad_arguments_are_named():
         gated_attention(*arrays, backend="pallas_tpu")
     with pytest.raises(ValueError, match="chunk_size=0"):
         gated_attention(*arrays, chunk_size=0)
+    with pytest.raises(ValueError, match=r"the state of shape \(3, 2, 4, 3\) must have the shape \(3, 2, 3, 4\)"):
+        gated_step(*(x[:, 0] for x in arrays), np.zeros((3, 2, 4, 3)))

@@ -177,7 +177,11 @@ def test_features_estimate_the_kernel(kind):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda q, k, v: ideal_attention(q, k[:, 1:], v, 2), r"q \(3, 29, 2, 4\), k \(3, 28, 2, 4\)"),
+        (lambda q, k, v: ideal_attention(q, k[:, 1:], v, 2), r"k of shape \(3, 28, 2, 4\) must have the shape \(3, 29"),
+        (
+            lambda q, k, v: ideal_attention(q, k, v, 2, segment_ids=jnp.zeros((3, 29))),
+            "segment_ids of dtype float32 must be integers",
+        ),
         (lambda q, k, v: ideal_attention(q, k, v, 0), "num_modes=0 must be at least 1"),
         (lambda q, k, v: ideal_attention(q, k, v, 2, floor=0.0), r"floor=0\.0 greater than 0"),
         (

@@ -60,6 +60,12 @@ def test_outputs_and_gradients(segments, kernel, monkeypatch):
         assert_close(ours, theirs, "float32", reduction=T, gradient=name != "o", name=name)
 
 
+def test_segment_ids_must_be_integers():
+    x = jnp.zeros((B, T, H, R))
+    with pytest.raises(ValueError, match="segment_ids of dtype float32 must be integers"):
+        softmax_attention(x, x, x, -jnp.ones((B, T)))
+
+
 def test_the_kernel_is_chosen_for_tpus_and_whole_tiles():
     def kernels(length):
         x = jax.ShapeDtypeStruct((B, length, H, R), jnp.bfloat16)
