@@ -173,14 +173,13 @@ def read_json_lines(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]
 
 
 @contextmanager
-def lock_file(path: epath.PathLike, *, wait: bool = False) -> Iterator[IO[str] | None]:
+def lock_file(path: epath.PathLike) -> Iterator[IO[str] | None]:
     """Lock a file, which then says which process locked it, on which host and since when.
 
     The operating system unlocks it when this process and all that inherit the open file have closed it or died.
 
     Args:
       path: of a disk; the file and its missing folders are made, and stay.
-      wait: for a process that has the lock.
 
     Yields:
       The open file; None if another process, or another call in this one, has the lock. On Windows, and with a warning
@@ -194,7 +193,7 @@ def lock_file(path: epath.PathLike, *, wait: bool = False) -> Iterator[IO[str] |
     with path.open("a") as file:
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
             return

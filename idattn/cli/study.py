@@ -33,6 +33,16 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Only print the commands of what is missing.")
 
 
+def finish_all(runner: Runner) -> None:
+    """Finish the cells, --jobs at a time, and print the outcome of each."""
+    cells = runner.study.cells
+    with ThreadPoolExecutor(FLAGS.jobs) as pool, tqdm(total=len(cells), unit="cell", dynamic_ncols=True) as bar:
+        futures = {cell: pool.submit(runner.finish, cell) for cell in cells}
+        for cell, future in futures.items():
+            tqdm.write(f"{cell}  {future.result()}")
+            bar.update()
+
+
 def main(_):
     workdir = disk_path(FLAGS.workdir)
     runner = Runner(FLAGS.config, workdir)
@@ -45,12 +55,8 @@ def main(_):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, runner.stop)
         runner.prepare()
-        cells = runner.study.cells
-        with ThreadPoolExecutor(FLAGS.jobs) as pool, tqdm(total=len(cells), unit="cell", dynamic_ncols=True) as bar:
-            futures = {cell: pool.submit(runner.finish, cell) for cell in cells}
-            for cell, future in futures.items():
-                tqdm.write(f"{cell}  {future.result()}")
-                bar.update()
+        if not runner.stopped.is_set():
+            finish_all(runner)
         if runner.stopped.is_set():
             print("stopped; the same command resumes.")
             return

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -67,17 +68,33 @@ class Runner:
             yield "evaluate", [f"--checkpoint={run}", *self.study.evaluate, f"--out={run / 'evals'}"]
 
     def prepare(self) -> None:
-        """Prepare the text, if the study names one, nobody has, and a cell still needs it."""
+        """Prepare the text, if the study names one, nobody has, and a cell still needs it; until `stop`.
+
+        Raises:
+          RuntimeError: it could not be prepared; with the end of the log.
+          ValueError: the record of a cell is damaged.
+        """
         if not self.study.prepare or all(map(self.is_done, self.study.cells)):
             return
         log = self.workdir / "runs" / "prepare.log"
-        with lock_file(log.with_suffix(".lock"), wait=True) as lock:
-            assert lock is not None, "the lock was waited for"
-            if self._call("prepare-data", list(self.study.prepare), log, lock):
-                raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
+        print(f"preparing the text: see {log}", flush=True)
+        while not self.stopped.is_set():
+            with lock_file(log.with_suffix(".lock")) as lock:
+                if lock is not None:
+                    failed = self._call("prepare-data", list(self.study.prepare), log, lock)
+                    if failed and not self.stopped.is_set():
+                        raise RuntimeError(f"the text could not be prepared:\n{_end(log)}")
+                    return
+            time.sleep(1)  # another runner prepares it
 
     def finish(self, cell: Cell) -> str:
         """Train and evaluate a cell as far as that is not done, and write its record; returns the outcome."""
+        try:
+            return self._finish(cell)
+        except (ValueError, OSError) as error:  # such as a damaged file: the other cells, and the report, go on
+            return f"failed: {error}"
+
+    def _finish(self, cell: Cell) -> str:
         file, run = record_file(self.workdir / "cells", cell), self.workdir / "runs" / str(cell)
         if self.stopped.is_set():
             return "not begun"

@@ -14,6 +14,7 @@ from support.helpers import defined_flags, run_main
 from support.programs import run_program
 
 from idattn.cli import study
+from idattn.files import lock_file
 from idattn.study.runner import Runner
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,43 @@ def test_a_stopped_study_resumes(settings, tmp_path, number):
     a, b = (json.loads((folder / "study" / "cells" / file.name).read_text()) for folder in (whole, stopped))
     assert a["curve"] == b["curve"] and len(a["curve"]) == 30
     assert a["evaluations"]["length"]["metrics"] == b["evaluations"]["length"]["metrics"]
+
+
+def test_a_damaged_run_leaves_the_others_and_the_report(tmp_path, monkeypatch):
+    def call(self, name, arguments, log, lock):
+        log.write_text(f"{name} failed")
+        return int(name != "prepare-data")
+
+    monkeypatch.setattr(Runner, "_call", call)
+    results = tmp_path / "study" / "runs" / "tiny,good,1" / "evals" / "results.json"
+    results.parent.mkdir(parents=True)
+    (results.parents[1] / "checkpoints" / "4").mkdir(parents=True)  # it is trained
+    results.write_bytes(b"")
+    done = run_program("study", *write_study(tmp_path, ["good", "broken"], steps=4)[3:])
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr
+    assert f"preparing the text: see {tmp_path / 'study' / 'runs' / 'prepare.log'}\n" in done.stdout
+    assert f"tiny,good,1  failed: {results} is damaged (empty" in printed
+    assert "tiny,broken,1  failed, see " in printed and "0 of 2 cells." in done.stdout
+
+
+def test_a_preparation_stops(tmp_path, monkeypatch):
+    """One's own, and the wait for that of another runner."""
+    command = write_study(tmp_path, ["good"], steps=4)[3:]
+
+    def call(self, *_):
+        self.stop(signal.SIGINT, None)
+        return -signal.SIGTERM
+
+    monkeypatch.setattr(Runner, "_call", call)
+    own = run_program("study", *command)
+    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with lock_file(tmp_path / "study" / "runs" / "prepare.lock"):
+        others = run_program("study", *command)
+    for done in (own, others):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("prepare.log\nstopped; the same command resumes.\n")
+        assert "not begun" not in done.stderr
 
 
 def test_a_study_is_on_a_disk():
