@@ -25,8 +25,8 @@ def mqar_rows(
     The original has no BOS, leaves id 0 out of the keys, and draws its noise from all ids, keys too.
 
     Args:
-      vocab_size: of the model; keys are the lower half of the ids that are not BOS, values and noise the upper.
-      bos_id: of the model.
+      vocab_size: of the tokenizer; keys are the lower half of the ids that are not BOS, values and noise the upper.
+      bos_id: of the tokenizer.
       length: T, tokens of a row.
       pairs: keys of a row.
       count: N, rows.

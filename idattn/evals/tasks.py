@@ -176,11 +176,10 @@ def recalled(
 def mqar(subject: Subject, settings: Settings) -> dict[str, Any]:
     """The share of values recalled for each number of pairs in each length."""
     result: dict[str, Any] = {"metrics": {}, "sha256": {}}
+    vocab_size, bos_id = subject.tokenizer.vocab_size, subject.tokenizer.bos_id  # as in training
     for T in settings.lengths:
         for pairs in settings.entries:
-            tokens, is_answer = mqar_rows(
-                subject.config.model.vocab_size, subject.tokenizer.bos_id, T, pairs, settings.limit, seed=settings.seed
-            )
+            tokens, is_answer = mqar_rows(vocab_size, bos_id, T, pairs, settings.limit, seed=settings.seed)
             name = f"{pairs} pairs in {T}"
             result["metrics"][name] = recall.mqar_accuracy(
                 subject.decoder, tokens, is_answer, batch_size=batch_rows(settings.batch_tokens, T)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from support.models import next_log_probs
 
+from idattn.config import quickstart
 from idattn.data import load_tokenizer, mqar_rows
+from idattn.evals import recall, tasks
 from idattn.evals.recall import Question, ask, fingerprint, mqar_accuracy, passkey, phonebook
 from idattn.evals.scores import progress
 from idattn.inference import generate_text
@@ -96,3 +98,13 @@ def test_mqar_accuracy(model, decoder):
     expected = best[is_answer[:, 1:]].mean()
     assert 0 < expected < 1
     assert mqar_accuracy(decoder, tokens, is_answer, batch_size=2) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mqar_task_asks_for_what_training_has(monkeypatch):
+    """The ids of the tokenizer, where the model has more: of the others nothing was learnt."""
+    monkeypatch.setattr(recall, "mqar_accuracy", lambda *_, **__: 1.0)
+    config = quickstart()
+    assert config.model.vocab_size > BYTES.vocab_size
+    settings = tasks.Settings(lengths=(33,), entries=(4,), limit=3)
+    result = tasks.run_task("mqar", tasks.Subject(config, None, None, BYTES), settings)
+    assert result["sha256"] == {"4 pairs in 33": fingerprint(mqar_rows(257, 256, 33, 4, 3)[0])}
