@@ -202,6 +202,11 @@ def is_split(dim: str) -> bool:
     return mesh is not None and math.prod(mesh.shape[axis] for axis in RULES[dim]) > 1
 
 
+def sequence_axis() -> str | None:
+    """The axis of the current mesh over which the tokens of a row are split, or None."""
+    return "sequence" if is_split("T") else None
+
+
 def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` run by every device on its shards of the arguments, or itself where there is one device."""
     if current_mesh() is None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from idattn.config import ModelConfig
 from idattn.ops.prepare import rotary_table
 from idattn.ops.segments import PADDING, Segments, document_positions, find_segments
-from idattn.sharding import is_split, on_shards, spec
+from idattn.sharding import on_shards, sequence_axis, spec
 
 
 class Documents(NamedTuple):
@@ -64,7 +64,7 @@ def find_documents(
 
 def _find(segment_ids: jax.Array | None, start: jax.Array, shape: tuple[int, ...]) -> tuple[Documents, jax.Array]:
     B, T = shape
-    axis = "sequence" if is_split("T") else None
+    axis = sequence_axis()
     if segment_ids is None:
         positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         return Documents(positions), start + T

@@ -13,12 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from idattn import ops
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents, arriving_rows, at_last_token, through_matrix
-from idattn.nn.layers import Linear, RMSNorm, ShortConv, check_convolved
+from idattn.nn.layers import CONVOLVED, Linear, RMSNorm, ShortConv, check_convolved
 from idattn.nn.mixer import Memory, Mixer
 from idattn.ops.prepare import Preparation
-from idattn.sharding import is_split, on_shards, param_specs, spec
-
-CONVOLVED = ("query", "key", "value")
+from idattn.sharding import on_shards, param_specs, sequence_axis, spec
 
 
 class GatedMemory(Memory):
@@ -172,7 +170,7 @@ class GatedMixer(Mixer):
         graphdef, params = nnx.split(self.core)
 
         def core(params, projected, documents, memory):
-            return nnx.merge(graphdef, params)(projected, documents, memory, "sequence" if is_split("T") else None)
+            return nnx.merge(graphdef, params)(projected, documents, memory, sequence_axis())
 
         heads, memories = spec("B", "T", "H"), self.memory_specs()
         specs = {name: spec("B", "T", self._dim(name)) for name in projected}

@@ -155,6 +155,9 @@ class ShortConv(nnx.Module):
         return jnp.where(is_input[..., None], inputs, 0)
 
 
+CONVOLVED = ("query", "key", "value")  # the projections of mixers that always have convolutions
+
+
 def check_convolved(config: ModelConfig, mixer: str) -> None:
     """Raise a ValueError where a mixer that always has convolutions is to have none."""
     if config.ssm.conv_width < 1:

@@ -8,13 +8,11 @@ from flax import nnx
 
 from idattn.config import ComputeConfig, ModelConfig
 from idattn.nn.documents import Documents
-from idattn.nn.layers import ShortConv, check_convolved
+from idattn.nn.layers import CONVOLVED, ShortConv, check_convolved
 from idattn.nn.mixer import Memory
 from idattn.nn.softmax import SoftmaxAttention, refuse_split_cache
 from idattn.ops.prepare import HeadInputs
-from idattn.sharding import is_split, on_shards, param_specs, spec
-
-CONVOLVED = ("query", "key", "value")
+from idattn.sharding import on_shards, param_specs, sequence_axis, spec
 
 
 class ConvTails(Memory):
@@ -59,7 +57,7 @@ class Convolutions(nnx.Module):
         self, projected: dict[str, jax.Array], documents: Documents, tails: ConvTails | None
     ) -> tuple[list[HeadInputs], ConvTails]:
         """The projections as inputs of `prepare_heads`, and the tails after them."""
-        axis, inputs, after = "sequence" if is_split("T") else None, [], {}
+        axis, inputs, after = sequence_axis(), [], {}
         for name in CONVOLVED:
             conv, tail = getattr(self, f"{name}_conv"), None if tails is None else tails.of[name]
             convolved, after[name] = conv.inputs(projected[name], tail, documents, axis)

@@ -22,7 +22,7 @@ from idattn.ops import Basis, blockwise
 from idattn.ops.chunks import decay_state
 from idattn.ops.planes import complex_multiply
 from idattn.ops.prepare import HeadInputs, Preparation
-from idattn.sharding import is_split, on_shards, param_specs, spec
+from idattn.sharding import on_shards, param_specs, sequence_axis, spec
 
 FLOOR = 1e-9  # in place of denominators that are smaller
 
@@ -300,8 +300,7 @@ class SSMMixer(Mixer):
         graphdef, params = nnx.split(self.core)
 
         def core(params, projected, documents, memory):
-            axis = "sequence" if is_split("T") else None
-            return nnx.merge(graphdef, params)(projected, documents, memory, axis)
+            return nnx.merge(graphdef, params)(projected, documents, memory, sequence_axis())
 
         heads, memories = spec("B", "T", "H"), self.memory_specs()
         if isinstance(memory, SSMBlockMemory):
