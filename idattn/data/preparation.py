@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from idattn.data.corpus import Corpus, Unit
 from idattn.data.stream import FORMAT, MANIFEST, PLAN, REMEDY, SPLITS, ShardWriter
 from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
-from idattn.files import disk_path, read_json, write_atomic
+from idattn.files import disk_path, lock_file, read_json, write_atomic
 
 _TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
@@ -78,25 +79,38 @@ def prepare(
       The manifest, or None while units of other parts are missing.
 
     Raises:
-      ValueError: a setting or document breaks a rule, the source holds no document, or `out` was begun with other
-        settings, another source or other libraries.
+      ValueError: a setting or document breaks a rule, the source holds no document, `out` was begun with other
+        settings, another source or other libraries, or another process does all of its units.
       OSError: the disk is full, say. What is complete stays; the same call resumes.
       RuntimeError: a worker was killed; likewise.
     """
     if workers < 1 or not 0 <= part[0] < part[1]:
         raise ValueError(f"workers={workers} must be at least 1, and part={part} (i, n) with i from 0 to n - 1.")
     out = disk_path(out)
-    plan = begin(settings, out)
-    if part[1] == 1:
-        _clean(out)
-    run = functools.partial(
-        _run, functools.partial(_Worker, settings, plan, out), out, len(plan["units"]), workers, part
-    )
-    if settings.deduplicate:
-        if not run(_Worker.hash, "hashes"):
-            return None
-        _find_duplicates(out, len(plan["units"]))
-    return _finish(plan, out) if run(_Worker.write, "json") else None
+    with _exclusive(out) if part[1] == 1 else nullcontext():
+        plan = begin(settings, out)
+        if part[1] == 1:
+            _clean(out)
+        run = functools.partial(
+            _run, functools.partial(_Worker, settings, plan, out), out, len(plan["units"]), workers, part
+        )
+        if settings.deduplicate:
+            if not run(_Worker.hash, "hashes"):
+                return None
+            _find_duplicates(out, len(plan["units"]))
+        return _finish(plan, out) if run(_Worker.write, "json") else None
+
+
+@contextmanager
+def _exclusive(out: Path) -> Iterator[None]:
+    """Keep a second preparation of all units out of a folder, which would remove the files that the first writes."""
+    with lock_file(out / "lock") as lock:
+        if lock is None:
+            raise ValueError(
+                f"{out} is being prepared by {(out / 'lock').read_text() or 'a process that has just started'}. Wait "
+                "until it ends, or stop it; to share the work, start all of them with --part=i/n."
+            )
+        yield
 
 
 class _Worker:

@@ -32,6 +32,7 @@ from idattn.data import (
     verify,
 )
 from idattn.data.loader import TokenWindows, count_epochs, eval_batches, train_iterator
+from idattn.files import lock_file
 
 ROOT = Path(__file__).parents[2]
 BOS = 256
@@ -80,7 +81,8 @@ def prepared(settings, tmp_path_factory):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / "lock")  # which names a process
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def copy(folder, to):
@@ -274,6 +276,20 @@ def test_bad_input(settings, tmp_path):
         (tmp_path / "one.txt").write_text(next(text for text in make_texts() if held_out(text)))
         prepare(dataclasses.replace(settings, source=str(tmp_path / "one.txt")), tmp_path / "one")
     assert not (tmp_path / "one" / "manifest.json").exists()
+
+
+def test_a_folder_has_one_preparation_at_a_time(prepared, settings, tmp_path):
+    """The files that the first has open stay; parts share the folder."""
+    out = copy(prepared, tmp_path / "out")
+    (out / "train-00000.arrayrecord.here-1.tmp").write_bytes(b"half")
+    with lock_file(out / "lock"):
+        with pytest.raises(ValueError, match=rf"out is being prepared by process {os.getpid()} on .*--part=i/n"):
+            prepare(settings, out)
+        assert (out / "train-00000.arrayrecord.here-1.tmp").exists()
+        assert prepare(settings, out, part=(0, 2)) == read_manifest(prepared)
+    (out / "train-00000.arrayrecord.here-1.tmp").touch()
+    prepare(settings, out)
+    assert contents(out) == contents(prepared)
 
 
 def test_full_disk(prepared, settings, tmp_path):
