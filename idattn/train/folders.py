@@ -68,19 +68,25 @@ def steps_in(folder: epath.Path) -> list[int]:
 
 
 def damage_of(folder: epath.Path, item: str = "") -> str:
-    """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is."""
+    """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is.
+
+    Raises:
+      OSError: a file is there and cannot be read, which says nothing of the checkpoint.
+    """
     try:
         digests = read_json(folder / MANIFEST, "")
-    except OSError as error:
-        return f"{folder / MANIFEST} cannot be read ({error})"
+    except FileNotFoundError:
+        return f"{folder / MANIFEST} is missing"
     except ValueError as error:
         return str(error).removesuffix(". ")
     for name, digest in digests.items():
         if not name.startswith(item):
             continue
-        if not (folder / name).exists():
+        try:
+            found = sha256_of(folder / name)
+        except FileNotFoundError:
             return f"{folder / name} is missing"
-        if sha256_of(folder / name) != digest:
+        if found != digest:
             return f"{folder / name} does not match its checksum in {MANIFEST}"
     return ""
 

@@ -261,6 +261,22 @@ def test_missing_folder(run, item, caplog):
     assert warning.endswith(" is missing.")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "metrics/metrics"])
+def test_a_file_that_cannot_be_read_is_no_damage(run, name):
+    """As of a server of files that is out of reach; here by a link to itself."""
+    workdir, _ = run
+    file = workdir / "checkpoints" / "20" / name
+    data = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        resume(workdir)
+    file.unlink()
+    file.write_bytes(data)
+    assert resume(workdir)[0] == 20
+    assert not (workdir / "broken").exists()
+
+
 def test_orbax_alone_does_not_notice_a_flipped_bit(tmp_path):
     """The reason for the manifest: when this fails, Orbax verifies arrays itself and the manifest may go."""
     state = {"weight": jax.random.normal(jax.random.key(0), (64, 64))}
