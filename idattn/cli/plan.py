@@ -7,8 +7,9 @@ idattn plan --config=paper:1.3B,interdomain --topology=2xv5e:4x4  # two slices, 
 idattn plan --config=paper:125M,interdomain --topology=h100:8  # a host of GPUs: h100, a100, l4, t4
 
 The program is the one that `idattn train` would run, kernels included, compiled by the device's own compiler. Without a
-mesh in the config, mesh, rematerialisation and accumulation are searched: from the plan that recomputes least to the
-one that recomputes most, each in as few parts as fit, until that is no longer predicted to be faster. The flags to
+mesh in the config, the mesh follows a rule: data over slices, fsdp over the largest number of chips that divides the
+rows, sequence over the rest. Rematerialisation and accumulation are searched: from the plan that recomputes least to
+the one that recomputes most, each in as few parts as fit, until that is no longer predicted to be faster. The flags to
 train by the fastest are printed. The output describes the program, for each chip and step:
 
   memory       arguments by kind, and temporaries as the compiler allocated them, next to the chip's HBM; of a GPU's to

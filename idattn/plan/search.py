@@ -1,4 +1,4 @@
-"""The fastest plan of a run that fits a TPU slice: mesh, what is recomputed, and in how many parts a batch is taken."""
+"""The fastest plan of a run that fits a TPU slice: what is recomputed, and in how many parts a batch is taken."""
 
 import dataclasses
 import math
