@@ -40,6 +40,7 @@ from idattn.cli.bench_ops import fused, with_gradients
 from idattn.files import resolve_path, write_atomic
 from idattn.ops import BACKENDS, Backend, interdomain_attention
 from idattn.ops.backend import DEFAULT_CHUNK_SIZE
+from idattn.plan.compiler import is_out_of_memory
 from idattn.plan.op_shapes import SHAPES, OpShape, random_inputs
 
 FLAGS = flags.FLAGS
@@ -141,7 +142,7 @@ def measure(function: Callable[..., Any], arguments: tuple[Any, ...], repeats: i
     try:
         return verify.measure(function, arguments, repeats)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return {"out_of_memory": True}
 

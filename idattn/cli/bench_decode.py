@@ -40,7 +40,7 @@ from idattn.costs import decode_bytes
 from idattn.files import resolve_path, write_atomic, write_figure
 from idattn.inference import Decoder
 from idattn.nn import LanguageModel
-from idattn.plan.compiler import load_compiler, tpu_devices
+from idattn.plan.compiler import is_out_of_memory, load_compiler, tpu_devices
 from idattn.plan.traffic import decode_traffic
 
 FLAGS = flags.FLAGS
@@ -266,7 +266,7 @@ def main(_):
                 try:
                     measure(rows[-1], model, decoder, bandwidth)
                 except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
+                    if not is_out_of_memory(error):
                         raise
                     tqdm.write(f"{scale}, {mixer}, {batch_size} rows after {prefix}: out of memory")
                 if folder is not None:

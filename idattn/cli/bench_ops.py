@@ -7,7 +7,8 @@ idattn bench-ops --shape=1.3B --dtype=bfloat16 --topology=v5e:2x2 --backend=pall
 Each backend is first compared with the literal recurrence: outputs and all gradients, at 512 tokens at most. A time is
 the best of several runs. A ratio says how many times as fast as softmax attention, written out, a backend is in this
 run. Memory is what the compiled forward and backward pass takes besides its arguments and results. With --topology
-everything is compiled for a TPU that need not be there, and the table has the memory only.
+everything is compiled for a TPU that need not be there, and the table has the memory only. What runs out of memory is
+left out; --json is written after every row.
 """
 
 import json
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from idattn.files import resolve_path, write_atomic
 from idattn.ops import BACKENDS, interdomain_attention
 from idattn.ops.softmax import splash
-from idattn.plan.compiler import compile_for, load_compiler
+from idattn.plan.compiler import compile_for, is_out_of_memory, load_compiler
 from idattn.plan.op_shapes import SHAPES, abstract_inputs, random_inputs
 
 FLAGS = flags.FLAGS
@@ -153,7 +154,13 @@ def main(_):
                 written = label == WRITTEN_OUT or (label == FLASH and platform == "cpu")
                 if written and scores > FLAGS.max_gib:
                     continue
-                row = measure(function, g, (q, k, v, basis) if takes_basis else (q, k, v))
+                try:
+                    row = measure(function, g, (q, k, v, basis) if takes_basis else (q, k, v))
+                except jax.errors.JaxRuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    tqdm.write(f"{name + f' {T}':<14}{label:<24}out of memory")
+                    continue
                 rows.append(dict(shape=name, seq_len=T, backend=label, device=device, **row))
                 first = row if label == WRITTEN_OUT else first
                 line = f"{name + f' {T}':<14}{label:<24}"
@@ -161,7 +168,7 @@ def main(_):
                     line += f"{row[key] * 1e3:>{width}.1f}" if key in row else f"{'-':>{width}}"
                     line += f"{first[key] / row[key]:>7.2f}" if key in row and first else f"{'-':>7}"
                 tqdm.write(line + f"{row['temp_bytes'] / 1e6:>12.1f}")
-    if file is not None:
-        write_atomic(file, json.dumps(rows, indent=1))
+                if file is not None:
+                    write_atomic(file, json.dumps(rows, indent=1))
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -54,6 +54,11 @@ def devices_of(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInva
     return gpu_devices(topology) if gpu_of(topology) else tpu_devices(topology)
 
 
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a compiler or device says that its memory does not suffice."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def compile_for(topology: str, function, *arguments):
     """`function` compiled for one chip of a topology, as v5e:2x2 or h100; arguments are ShapeDtypeStructs."""
     device = devices_of(topology)[0]

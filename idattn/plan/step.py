@@ -13,7 +13,7 @@ import jax
 from idattn.chips import Chip, chip_of
 from idattn.config import Config
 from idattn.costs import count_parameters, forward_flops_per_token, training_flops_per_token
-from idattn.plan.compiler import devices_of, load_compiler, tpu_devices
+from idattn.plan.compiler import devices_of, is_out_of_memory, load_compiler, tpu_devices
 from idattn.plan.cycles import PARTS, estimate
 from idattn.plan.gpus import GPUS, gpu_of, pool_fraction
 from idattn.plan.hlo import Instruction, count_collectives, parse
@@ -63,7 +63,7 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         # "... temporaries (29.86G) exceeds available HBM (15.75G)", or "Used 17.2G of 15.75G hbm".
         used = re.search(r"([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        if not (is_out_of_memory(error) and used):
             raise
         return figures | {"fits": False, "needed_gib": float(used[1]), "usable_gib": float(used[2])}
     text, memory = compiled.as_text(), compiled.memory_analysis()

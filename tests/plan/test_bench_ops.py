@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from support.helpers import defined_flags, run_main
 
@@ -28,6 +29,24 @@ def test_the_benchmark_times_every_backend(tmp_path, capsys):
     assert names == ["softmax, written out", "softmax, fused", "chunkwise, K = 16", "associative, K = 16"]
     assert all(row["forward"] > 0 and row["both"] > 0 and row["temp_bytes"] > 0 for row in rows)
     assert capsys.readouterr().out.count("\ncpu 32") == 4
+
+
+def test_what_is_out_of_memory_is_left_out(tmp_path, capsys, monkeypatch):
+    """And the rows so far are stored, should something else end the benchmark."""
+
+    def exhausted(q, k, v, platform):
+        raise jax.errors.JaxRuntimeError(f"{message}: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(bench_ops, "fused", exhausted)
+    message = "RESOURCE_EXHAUSTED"
+    rows = run_bench(tmp_path, "--chunk_size=16")
+    assert [row["backend"] for row in rows] == ["softmax, written out", "chunkwise, K = 16"]
+    assert f"cpu 32        {'softmax, fused':<24}out of memory\n" in capsys.readouterr().out
+    (tmp_path / "new" / "table.json").unlink()
+    message = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run_bench(tmp_path, "--chunk_size=16")
+    assert len(json.loads((tmp_path / "new" / "table.json").read_text())) == 1
 
 
 def test_the_benchmark_prints_nothing_for_what_is_wrong(tmp_path, capsys, monkeypatch):
