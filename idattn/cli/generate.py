@@ -130,7 +130,10 @@ def continue_rows(decoder, tokenizer, context, settings) -> None:
 def main(_):
     if sum(bool(x) for x in (FLAGS.prompt, FLAGS.prompt_file, FLAGS.jsonl)) > 1:
         raise ValueError("give one of --prompt, --prompt_file and --jsonl.")
-    mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor)) if FLAGS.tensor > 1 else None
+    devices = jax.devices()
+    if FLAGS.tensor > len(devices):
+        raise ValueError(f"--tensor={FLAGS.tensor} must be at most the {len(devices)} devices that are there.")
+    mesh = make_mesh(MeshConfig(data=1, tensor=FLAGS.tensor), devices[: FLAGS.tensor]) if FLAGS.tensor > 1 else None
     with jax.set_mesh(mesh) if mesh else nullcontext():
         decoder, tokenizer, _, step = load(
             FLAGS.checkpoint,

@@ -3,12 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from support.helpers import assert_close
+from support.helpers import assert_close, defined_flags, run_main
 from support.models import HYBRID, MIXERS, V, make_model, run_of
 
+from idattn.cli import generate
 from idattn.config import MeshConfig, ModelConfig
-from idattn.inference import Decoder, load_context, save_context
+from idattn.inference import Decoder, load_context, save_context, save_weights
 from idattn.sharding import make_mesh
 from idattn.trained import assemble
 
@@ -46,6 +48,20 @@ def test_a_mesh_changes_nothing(mixers, tmp_path):
     assert up.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")), 3)
     assert state.sharding.shard_shape(state.shape)[1:3] == (2, 1)  # rows and heads, (layers, B, G, ...)
     assert decoder._decode._cache_size() == 1
+
+
+def test_the_program_takes_as_many_devices_as_it_is_told(tmp_path, capsys):
+    model = make_model("s4d", vocab_size=264)
+    save_weights(tmp_path, run_of(model.config), nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+
+    def written(tensor):
+        run_main(generate, f"--checkpoint={tmp_path}", "--prompt=ab", "--num_tokens=4", f"--tensor={tensor}")
+        return capsys.readouterr().out
+
+    with defined_flags(generate):
+        assert written(2) == written(1)
+        with pytest.raises(ValueError, match="--tensor=9 must be at most the 8 devices"):
+            written(9)
 
 
 def test_tokens_are_not_split():
