@@ -29,6 +29,6 @@ def main(_):
     config, params, step = load_params(FLAGS.checkpoint)
     tokenizer = checkpoint_tokenizer(FLAGS.checkpoint, config, name=FLAGS.tokenizer)
     with tempfile.TemporaryDirectory() if in_hub(FLAGS.out) else nullcontext(FLAGS.out) as folder:
-        save_weights(folder, config, params, step, tokenizer, checkpoint_loss(FLAGS.checkpoint))
+        save_weights(folder, config, params, step, tokenizer, checkpoint_loss(FLAGS.checkpoint, step))
         where = push(folder, FLAGS.out, private=FLAGS.private) if in_hub(FLAGS.out) else folder
     print(f"{where}: the weights of {FLAGS.checkpoint}, step {step}")

@@ -422,6 +422,16 @@ def bpe(path, text):
     return load_tokenizer(path)
 
 
+def test_an_export_has_the_loss_of_its_step(run, tmp_path, monkeypatch):
+    """Though the run saves another one meanwhile."""
+    losses = []
+    monkeypatch.setattr(export, "load_params", lambda checkpoint: (CONFIG, None, 10))
+    monkeypatch.setattr(export, "save_weights", lambda *arguments: losses.append(arguments[-1]))
+    with defined_flags(export):
+        run_main(export, f"--checkpoint={run[0]}", f"--out={tmp_path / 'exported'}", "--tokenizer=bytes")
+    assert losses == [2.0]
+
+
 def test_checkpoints_and_exports_contain_their_tokenizer(tmp_path):
     """Another file at the path that the run was trained with is never used, nor one that is named."""
     path = tmp_path / "t.model"
