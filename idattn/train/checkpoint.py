@@ -30,6 +30,7 @@ from idattn.inference.names import current_names, differences, leaf_name, named_
 from idattn.train.folders import (
     MANIFEST,
     absolute,
+    announce,
     damage_of,
     files_below,
     find_checkpoint,
@@ -231,6 +232,8 @@ def load_params(checkpoint: epath.PathLike, which: str | int = "latest") -> tupl
       ValueError: the checkpoint is damaged, or there is no step `which`.
     """
     folder = find_checkpoint(checkpoint, which)
+    if jax.process_index() == 0:
+        announce(folder)
     if (folder / WEIGHTS).exists():
         return load_weights(folder)
     if damage := damage_of(folder):

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
@@ -15,6 +16,7 @@ from idattn.inference.files import WEIGHTS
 from idattn.inference.hub import in_hub, pull
 
 MANIFEST = "manifest.json"
+_LARGE = 10**9  # bytes, which take seconds
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +69,13 @@ def steps_in(folder: epath.Path) -> list[int]:
     return sorted((int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name)), reverse=True)
 
 
+def announce(folder: epath.Path) -> None:
+    """Say on stderr what is about to be read, where a checkpoint or export is so large that it takes a while."""
+    files = files_below(folder / "state") if (folder / "state").exists() else [folder / WEIGHTS]
+    if (size := sum(file.stat().length for file in files if file.exists())) >= _LARGE:
+        print(f"checking and loading {folder}, {size / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
 def damage_of(folder: epath.Path, item: str = "") -> str:
     """What is wrong with the files of a checkpoint, or of one item of it; empty if nothing is.
 
@@ -97,6 +106,8 @@ def move_damaged(folder: epath.Path) -> str:
     for step in steps_in(folder):
         # Reading a checkpoint takes time: those older than the newest valid one wait until they are needed, but for
         # the losses, which Orbax reads at once.
+        if not any_valid:
+            announce(folder / str(step))
         if damage := damage_of(folder / str(step), "metrics/" if any_valid else ""):
             broken[step] = damage
         else:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from support.helpers import defined_flags, run_main
-from support.models import run_of
+from support.models import export_model, run_of
 
 from idattn.cli import export
 from idattn.config import quickstart
@@ -25,6 +25,7 @@ from idattn.inference import names as names_lib
 from idattn.inference import save_weights
 from idattn.nn import LanguageModel
 from idattn.train import checkpoint as checkpoint_lib
+from idattn.train import folders
 from idattn.train.checkpoint import Checkpoints, check_same_run, checkpoint_tokenizer, load_params, save_aside
 from idattn.train.folders import damage_of
 
@@ -275,6 +276,21 @@ def test_a_file_that_cannot_be_read_is_no_damage(run, name):
     file.write_bytes(data)
     assert resume(workdir)[0] == 20
     assert not (workdir / "broken").exists()
+
+
+def test_a_large_checkpoint_is_announced(run, tmp_path, capsys, monkeypatch):
+    """Before it is read, by a run that resumes and by what loads weights; a small one is not."""
+    newest, older = (run[0] / "checkpoints" / step for step in ("20", "10"))
+    exported = export_model(tmp_path / "exported")
+    load_params(older)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(folders, "_LARGE", 1)
+    resume(run[0])
+    for folder in (older, exported):
+        load_params(folder)
+    assert [re.sub(r", 0\.0 GB$", "", line) for line in capsys.readouterr().err.splitlines()] == [
+        f"checking and loading {folder}" for folder in (newest, older, exported)
+    ]
 
 
 def test_orbax_alone_does_not_notice_a_flipped_bit(tmp_path):
