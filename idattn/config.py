@@ -226,7 +226,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # of a mixture: the share of the windows from `source` and from each further folder
     holdout: tuple[str, ...] = ("persuasion",)  # ids of a text's documents to validate on; () for folders
     # Or what `idattn.data.load_tokenizer` takes, for a prepared folder that folder; or bpe:N, a BPE of N pieces that is
-    # trained on the text that the run trains on.
+    # trained on the text that the run trains on, 50M characters of it at most.
     tokenizer: str = "bytes"
     seq_len: int  # T, tokens in a window
     documents: str = "reset"  # state, convolutions, attention and positions restart at borders; or "ignore" them [O]

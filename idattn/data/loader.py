@@ -128,7 +128,7 @@ def load_data(
                 f"tokenizer={config.tokenizer!r} is trained on the text of a run, but source={config.source!r} is "
                 "tokens; give their tokenizer."
             )
-        tokenizer = trained_tokenizer(config.tokenizer, (document.text for document in texts[0]))
+        tokenizer = trained_tokenizer(config.tokenizer, [document.text for document in texts[0]])
     tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
     if is_mqar:
         train, validation = _mqar_windows(config, tokenizer)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +27,9 @@ from tqdm import tqdm
 
 from idattn.data.corpus import Corpus, Unit
 from idattn.data.stream import FORMAT, MANIFEST, PLAN, REMEDY, SPLITS, ShardWriter
-from idattn.data.tokenizer import encode_document, load_tokenizer, save_tokenizer, train_tokenizer
+from idattn.data.tokenizer import TRAINING_TEXT, encode_document, load_tokenizer, save_tokenizer, train_tokenizer
 from idattn.files import disk_path, lock_file, read_json, write_atomic
 
-_TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 _SPLIT_RULE = (
     "validation: first 8 bytes of the text's SHA-256, little-endian, below validation * 2^64; train: the others"
 )
@@ -179,6 +179,7 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{out} was begun otherwise: {differences}. Give what was given then, or another folder.")
         return begun
     corpus.log_left_out()
+    print(f"dividing {settings.source} into units", file=sys.stderr, flush=True)  # reads compressed files
     units = corpus.units(settings.unit_bytes)
     if not units:
         raise ValueError(f"source={settings.source!r} holds no documents; it must hold at least one.")
@@ -207,7 +208,7 @@ def begin(settings: Preparation, out: str | os.PathLike[str]) -> dict[str, Any]:
 def _beginnings(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
     """Texts from the beginning of every unit: what a tokenizer learns from."""
     for unit in units:
-        left = _TRAINING_TEXT // len(units)
+        left = TRAINING_TEXT // len(units)
         for document in corpus.read(unit):
             yield document.text[:left]
             left -= len(document.text)

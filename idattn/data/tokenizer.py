@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from etils import epath
 from idattn.data import optional
 from idattn.files import resolve_path, write_atomic
 
+TRAINING_TEXT = 50_000_000  # characters that a tokenizer learns from
 BPE = r"bpe:\d+"  # a number of pieces: a tokenizer that is trained on the text of a run
 _HUB_FILES = ("tokenizer.model", "tokenizer.json")
 _BYTES_FILE = b"Ids 0 to 255 are the bytes of UTF-8; 256 starts a document.\n"
@@ -216,13 +218,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: epath.PathLike)
     write_atomic(path, _train_pieces(texts, vocab_size))
 
 
-def trained_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer "bpe:N": N pieces, trained as by `train_tokenizer`, but not in a file. Raises likewise."""
-    return SentencePieceTokenizer(_train_pieces(texts, int(name.split(":")[1])), name)
+def trained_tokenizer(name: str, texts: Sequence[str]) -> Tokenizer:
+    """The tokenizer "bpe:N": N pieces, trained as by `train_tokenizer`, but not in a file. Raises likewise.
+
+    It learns from the beginning of each text, the same share of all, such that they have 50M characters at most.
+    """
+    total = sum(map(len, texts))
+    beginnings = (text[: len(text) * TRAINING_TEXT // total] for text in texts)
+    return SentencePieceTokenizer(_train_pieces(beginnings, int(name.split(":")[1])), name)
 
 
 def _train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
     """The content of a file of `train_tokenizer`."""
+    print(f"training a tokenizer of {vocab_size:,} pieces", file=sys.stderr, flush=True)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idattn.config import DataConfig
+from idattn.data import tokenizer as tokenizer_lib
 from idattn.data.loader import TokenWindows, digests, eval_batches, load_data, train_iterator
 from idattn.data.preparation import Preparation, prepare
 from idattn.data.recall import mqar_rows
@@ -192,6 +193,18 @@ def test_load_data(tmp_path):
     assert ignoring[1]["segment_ids"].tolist() == [0, 0, 0, -1]
     assert ignoring[1]["loss_mask"].tolist() == [1, 1, 1, 0]
     assert ignoring[1]["targets"].tolist() == [256, *b"hi", 0]
+
+
+def test_a_tokenizer_of_much_text(tmp_path, capsys, monkeypatch):
+    """It learns from the beginnings of texts, which are the texts where all are not too much."""
+    texts = ["the cat sat on the mat. a dog ran.\n" * 40, "zwei hunde jagen quer durch bonn.\n" * 80]
+    for most, learnt in ((10**4, texts), (1400, [text[: len(text) * 1400 // 4120] for text in texts])):
+        monkeypatch.setattr(tokenizer_lib, "TRAINING_TEXT", most)
+        train_tokenizer(learnt, 290, tmp_path / "t.model")
+        assert sum(map(len, learnt)) <= most
+        (tokenizer,) = tokenizer_lib.trained_tokenizer("bpe:290", texts).files.values()
+        assert tokenizer == (tmp_path / "t.model").read_bytes()
+    assert capsys.readouterr().err == "training a tokenizer of 290 pieces\n" * 4
 
 
 def test_a_tokenizer_of_the_text(tmp_path):

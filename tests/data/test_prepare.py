@@ -214,6 +214,16 @@ def test_other_settings_are_refused(prepared, settings, tmp_path):
     assert contents(out) == contents(prepared)
 
 
+def test_what_comes_before_the_first_unit_is_announced(source, tmp_path, capsys):
+    settings = Preparation(source=str(source), train_vocab=300, unit_bytes=1 << 20)
+    prepare(settings, tmp_path)
+    printed = capsys.readouterr().err
+    before = f"dividing {source} into units\ntraining a tokenizer of 300 pieces\n"
+    assert printed.startswith(before) and "write:   0%" in printed
+    prepare(settings, tmp_path)  # where both are done
+    assert before not in capsys.readouterr().err
+
+
 def test_tokenizer_is_copied(tmp_path, monkeypatch):
     """A preparation resumes without the original, by a path of any name, and not with another tokenizer."""
     first, second, other = (tmp_path / name for name in ("first.model", "second.model", "other.model"))
