@@ -7,7 +7,7 @@ from typing import Any
 
 from idattn.config import REMAT, Config, MeshConfig
 from idattn.plan.compiler import count_slices
-from idattn.plan.step import compile_step
+from idattn.plan.step import compile_step, fewest_parts
 
 
 def fastest_that_fits(
@@ -59,9 +59,8 @@ def _fewest_parts(
         figures = compile_step(planned, topology)
         if figures["fits"]:
             return planned, figures
-        # What a part needs is at best in proportion to its rows.
-        parts *= 2 ** max(1, math.ceil(math.log2(figures["needed_gib"] / figures["usable_gib"])))
-        if rows % parts:
+        parts = fewest_parts(figures, rows, parts)
+        if parts is None:
             return planned, figures
 
 

@@ -157,19 +157,29 @@ def _times(config: Config, mesh: dict[str, int], chip: Chip) -> dict[str, Any]:
 
 def advice(figures: dict[str, Any], config: Config) -> str:
     """What makes a run that does not fit smaller."""
-    part = config.train.batch_size // config.train.accumulation
-    rows = part // (figures["mesh"]["data"] * figures["mesh"]["fsdp"])
+    parts = config.train.accumulation
+    rows = config.train.batch_size // (figures["mesh"]["data"] * figures["mesh"]["fsdp"])
     options = []
     if config.compute.remat != "block":
         options.append("--config.compute.remat=block")
-    if rows > 1:
-        options.append(f"--config.train.accumulation={2 * config.train.accumulation} ({rows} rows a chip now)")
+    if rows > parts:
+        fewest = fewest_parts(figures, rows, parts) or rows
+        options.append(f"--config.train.accumulation={fewest} ({rows // parts} rows a chip now)")
     if figures["mesh"]["data"] > 1:
         options.append(f"--config.mesh.fsdp={figures['mesh']['fsdp'] * figures['mesh']['data']}")
     if gpu_of(figures["topology"]) and figures["needed_gib"] < 0.9 * figures["hbm_gib"]:
         options.append("XLA_CLIENT_MEM_FRACTION=0.9 in the environment")
     options.append("--config.mesh.sequence or --config.mesh.tensor greater, or more chips")
     return "; ".join(options)
+
+
+def fewest_parts(figures: dict[str, Any], rows: int, parts: int) -> int | None:
+    """The fewest equal parts of the `rows` of a chip that could fit where `parts` do not; None if no number could.
+
+    What a part needs is at best in proportion to its rows.
+    """
+    least = parts * figures["needed_gib"] / figures["usable_gib"]
+    return next((n for n in range(parts + 1, rows + 1) if rows % n == 0 and n >= least), None)
 
 
 def describe(figures: dict[str, Any], config: Config) -> str:

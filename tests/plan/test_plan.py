@@ -72,9 +72,9 @@ def test_slices_split_the_rows_first(tried, monkeypatch, capsys):
 
 
 def test_rows_are_split_before_tokens_and_parts_divide_them(tried, monkeypatch, capsys):
-    """24 rows over 16 chips: eight ways by rows, two by tokens, and three rows a chip are not taken in two parts."""
+    """24 rows over 16 chips: eight ways by rows, two by tokens, and three rows a chip in one part or in three."""
     run(monkeypatch, "--config.train.batch_size=24")
-    assert tried == [("interdomain", remat, 1) for remat in ("none", "dots", "mixer", "block")]
+    assert tried == [("interdomain", remat, parts) for remat in ("none", "dots", "mixer", "block") for parts in (1, 3)]
     assert "16 chips (fsdp 8, sequence 2), each:\nDOES NOT FIT" in capsys.readouterr().out
 
 

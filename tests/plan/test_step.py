@@ -90,6 +90,10 @@ def test_what_does_not_fit_says_what_to_change():
     assert "DOES NOT FIT: 20.50 GiB needed, 15.75 GiB there" in text
     for option in ("compute.remat=block", "train.accumulation=2 (2 rows a chip now)", "mesh.fsdp=4"):
         assert option in text
+    # Three rows a chip have no two equal parts, and six no four.
+    for batch_size, needed, parts in ((12, 20.5, 3), (24, 16.0, 2), (24, 48.0, 6), (12, 99.0, 3)):
+        config = make_config(train=TrainConfig(steps=2, batch_size=batch_size))
+        assert f"train.accumulation={parts} (" in step.advice(figures | {"needed_gib": needed}, config)
     smallest = step.advice(figures, make_config(train=TrainConfig(steps=2, batch_size=4)))
     assert "remat" not in smallest and "accumulation" not in smallest
 
