@@ -17,6 +17,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from idattn.choices import check_choice
 from idattn.config import from_config_dict
 from idattn.config_files import load_config
 from idattn.files import read_json, resolve_path, write_atomic, write_figure
@@ -35,6 +36,7 @@ CASES = [
     *((scale, name, 4096) for scale in ("1.3B", "7B") for name in SLICES),
     *((scale, name, T) for scale in ("1.3B", "7B") for name in LONG for T in (2**15, 2**18, 2**20)),
 ]
+MODELS, _, CONTEXTS = VALUES = [list(dict.fromkeys(map(str, column))) for column in zip(*CASES, strict=True)]
 COLUMNS = (
     "model",
     "slice",
@@ -53,9 +55,11 @@ COLUMNS = (
 
 def define_flags() -> None:
     flags.DEFINE_string("out", "runs/scaling", "Path of the figures, to which .json, .md and .png are added.")
-    flags.DEFINE_list("models", ["1.3B", "7B"], "Scales of the config paper.")
-    flags.DEFINE_list("slices", list(SLICES), "TPU slices.")
-    flags.DEFINE_list("contexts", [str(2**n) for n in (12, 15, 18, 20)], "Tokens in a row.")
+    flags.DEFINE_list("models", MODELS, f"Scales of the config paper: any of {', '.join(MODELS)}.")
+    flags.DEFINE_list("slices", list(SLICES), "TPU slices, any of the default's.")
+    flags.DEFINE_list(
+        "contexts", CONTEXTS, f"Tokens in a row, any of the default's; above 4096 on {' and '.join(LONG)} alone."
+    )
 
 
 def plan(scale: str, name: str, seq_len: int) -> dict[str, Any]:
@@ -132,14 +136,30 @@ def _lines(axes: Any, plans: list[dict[str, Any]], x: str, share: Callable[[dict
     axes.loglog([f[x] for f in plans], most, **style | {"label": None, "alpha": 0.25})
 
 
+def wanted_cases() -> list[tuple[str, str, int]]:
+    """The cases that the flags name.
+
+    Raises:
+      ValueError: no case has a value, or none has what the flags have together.
+    """
+    given = FLAGS.models, FLAGS.slices, FLAGS.contexts
+    for name, values, known in zip(("--models", "--slices", "--contexts"), given, VALUES, strict=True):
+        for value in values:
+            check_choice(name, value, known)
+    wanted = [case for case in CASES if all(str(x) in values for x, values in zip(case, given, strict=True))]
+    if not wanted:
+        raise ValueError(
+            f"no model is planned on --slices={','.join(FLAGS.slices)} with --contexts={','.join(FLAGS.contexts)}: "
+            f"contexts above 4096 need a slice of {', '.join(LONG)}."
+        )
+    return wanted
+
+
 def main(_):
-    out = resolve_path(FLAGS.out)
+    out, wanted = resolve_path(FLAGS.out), wanted_cases()
     load_compiler()
     file = out.with_suffix(".json")
     plans = read_json(file, "Delete it to plan anew.", list) if file.exists() else []
-    wanted = [
-        case for case in CASES if case[0] in FLAGS.models and case[1] in FLAGS.slices and str(case[2]) in FLAGS.contexts
-    ]
     for case in tqdm(wanted):
         if case in [(f["scale"], f["slice"], f["context"]) for f in plans]:
             continue

@@ -10,6 +10,20 @@ from idattn.config import MeshConfig
 from idattn.plan import search
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--models=125M"], "--models='125M' .*1.3B, 7B"),
+        (["--slices=v5e:2x2,v5e:4x8"], "--slices='v5e:4x8' "),
+        (["--contexts=8192"], "--contexts='8192' "),
+        (["--slices=v5e:2x2", "--contexts=32768"], "no model is planned on --slices=v5e:2x2 .* v5e:16x16, v5p:4x4x4"),
+    ],
+)
+def test_what_no_plan_is_of_is_refused(flags, message, tmp_path):
+    with defined_flags(scaling), pytest.raises(ValueError, match=message):
+        run_main(scaling, *flags, f"--out={tmp_path / 'plans'}")
+
+
 def test_scaling_takes_the_fastest_plan_that_fits(monkeypatch, tmp_path, capsys):
     """Tables and plots of plans on a compiler that finds room for dots in four parts; what is known is not redone."""
     tried = []
