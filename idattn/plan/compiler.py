@@ -54,7 +54,7 @@ def devices_of(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInva
     return gpu_devices(topology) if gpu_of(topology) else tpu_devices(topology)
 
 
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a compiler or device says that its memory does not suffice."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
