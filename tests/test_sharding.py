@@ -171,8 +171,15 @@ def test_ideal_too(one_device, mesh):
 @pytest.mark.slow
 def test_accumulation_and_shared_states_on_a_mesh(one_device):
     options = dict(accumulation=2, heads_per_kv=2)
-    config = make_config(("interdomain",), MESHES["all"], **options)
-    assert_same_step(run_step(config), one_device(("interdomain",), **options))
+    results = run_step(make_config(("interdomain",), MESHES["all"], **options))
+    expected = one_device(("interdomain",), **options)
+    assert_same_step(results, expected)
+    losses = []  # of an evaluation, in parts too
+    for trainer, _, state, _ in (results, expected):
+        batch = place(trainer.mesh, make_batch(), local_rows(trainer.mesh, B), B)
+        losses.append(trainer.loss(state["params"], batch))
+    for loss, of_one in zip(*losses, strict=True):
+        assert_close(loss, of_one, "float32", reduction=B * T, gradient=True)
 
 
 @pytest.mark.slow
