@@ -5,7 +5,7 @@ idattn study --config=study_recall --workdir=results/study_recall --jobs=2
 Two layers of width 64 with one head, as in configs/study_mqar.py, evaluated also in rows of 128 tokens. All mixers but
 softmax have a state of 4 M 64 numbers a layer. First come the cells `tune`, at M = 16 with seed 0, which no other cell
 has: five trials for each condition, four learning rates, and one of them with another scale of C where there is a C,
-else a fifth rate. The lowest validation loss decides, and is written into TUNED for the other cells.
+else a fifth rate. The lowest validation loss has decided; TUNED holds for the other cells.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from idattn.config import (
 )
 from idattn.study import Study, grid
 
-PAIRS, LENGTH, MODES, SEEDS = 8, 64, (16, 32, 8), (1, 2, 3)
+PAIRS, LENGTH, MODES, SEEDS = 8, 64, (16, 8, 4), (1, 2, 3)
 TUNING = MODES[0]
 
 
@@ -48,7 +48,11 @@ CONDITIONS = {  # the mixer, and the options of its state
 }
 RATES = [Trial(rate) for rate in (5e-3, 1e-2, 2e-3, 2e-2)]
 WITH_C, WITHOUT_C = [*RATES, Trial(5e-3, 1.0)], [*RATES, Trial(1e-3)]
-TUNED: dict[str, Trial] = {}
+TUNED = {  # the others keep the first trial
+    **dict.fromkeys(("interdomain", "uniform", "clock"), Trial(5e-3, 1.0)),
+    **dict.fromkeys(("s4d", *PEERS), Trial(1e-2)),
+    "damped": Trial(2e-2),
+}
 
 OF_CONDITIONS = [WITH_C if mixer in ("interdomain", "s4d") else WITHOUT_C for mixer, _ in CONDITIONS.values()]
 TRIALS = {  # the first of every condition, then the second

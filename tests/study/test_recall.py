@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.programs import run_program
@@ -9,8 +10,11 @@ from support.programs import run_program
 from configs import study_recall
 from idattn.config import from_config_dict
 from idattn.costs import state_size
+from idattn.files import read_json
+from idattn.study.grid import best_loss
 from idattn.study.runner import Runner
 
+CELLS = Path(__file__).parents[2] / "results/study_recall/cells"
 TINY = """
 import dataclasses
 
@@ -47,6 +51,16 @@ def test_every_condition_has_the_same_state_and_as_many_trials():
         assert cell.scale in ("tune", f"M={modes}")
     rest = [cell for cell in configs if cell.scale != "tune"]
     assert len(rest) == len(study_recall.SIZES) * len(study_recall.CONDITIONS) * len(study_recall.SEEDS)
+
+
+def test_the_best_trials_are_taken():
+    """By the stored records."""
+    best = {}
+    for name in study_recall.CONDITIONS:
+        trials = {x: trial for x, (condition, trial) in study_recall.TRIALS.items() if condition == name}
+        losses = {x: best_loss(read_json(CELLS / f"tune,{x},0.json", "")) for x in trials}
+        best[name] = trials[min(losses, key=losses.__getitem__)]
+    assert best == {name: study_recall.TUNED.get(name, study_recall.RATES[0]) for name in study_recall.CONDITIONS}
 
 
 def test_what_was_tuned_is_taken(monkeypatch):
