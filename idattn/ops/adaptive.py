@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from idattn.choices import READOUTS, check_choice
-from idattn.ops import adaptive_chunks
+from idattn.ops import adaptive_chunks, damped_tpu
 from idattn.ops.adaptive_chunks import FLOOR, Inputs
 from idattn.ops.api import interdomain_attention
 from idattn.ops.arguments import (
@@ -63,7 +63,8 @@ def adaptive_attention(
       basis: parameters of the G states.
       log_steps: (B, T, G), the logarithm of a token's step relative to Delta; None for 0, the paper's clock.
       gains: (B, T, G), b in [0, 1]; None for u_t = v_t, the paper's write.
-      backend: "auto" and "chunkwise" are matrix products over chunks, "recurrent" is token by token.
+      backend: "auto" and "chunkwise" are matrix products over chunks, "recurrent" is token by token. On TPUs "auto" is
+        a kernel where the write is "damped", log_steps are None, and the kernel takes the sizes and dtypes.
       chunk_size: tokens in a chunk, of which the largest power of two up to 32 is taken; None for 32. Changes speed and
         memory only.
       segment_ids: (B, T) as in `idattn.ops.interdomain_attention`.
@@ -94,7 +95,11 @@ def adaptive_attention(
         return _recurrent(inputs, basis, state, segments, readout, write)
     if gains is None:
         return _with_clock(readout, chunk_size, backend, inputs, basis, state, segments)
-    return adaptive_chunks.attend(inputs, basis, state, segments, readout=readout, write=write, chunk_size=chunk_size)
+    attend = partial(adaptive_chunks.attend, readout=readout, write=write, chunk_size=chunk_size)
+    if backend == "auto" and write == "damped" and log_steps is None and damped_tpu.requirement(inputs, basis) is None:
+        kernel = partial(damped_tpu.attend, readout=readout)
+        return jax.lax.platform_dependent(inputs, basis, state, segments, tpu=kernel, default=attend)
+    return attend(inputs, basis, state, segments)
 
 
 def _check_controls(shape: tuple[int, ...], **controls: jax.Array | None) -> None:

@@ -31,7 +31,7 @@ MERGED = 8  # chunks in a program of the kernel that recomputes the states
 VMEM_BYTES = 56 * 2**20  # of 64 MiB (v5p) or 128 MiB (v5e, v6e)
 
 
-def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
+def requirement(q, k, v, M: int, chunk_size: int, dtype, corrects: bool = False) -> str | None:
     """What the kernels would need for such q, k, v and states of M modes in `dtype`, or None if they have it."""
     R, E = q.shape[-1], v.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float32) or dtype != jnp.float32:
@@ -40,7 +40,7 @@ def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
         return f"a chunk_size that is a multiple of {LANES}, not {chunk_size}"
     if R % 16 or E % 16:
         return f"head widths that are multiples of 16, not {R=} and {E=}"
-    block = _choose_block(q, k, v, M, chunk_size)
+    block = _choose_block(q, k, v, M, chunk_size, corrects=corrects)
     if (size := block.vmem_bytes(q.dtype.itemsize)) > VMEM_BYTES:
         return (
             f"{size >> 20} MiB of VMEM for {block.heads} heads of {R=}, {E=} and {M=}, where {VMEM_BYTES >> 20} MiB are"
@@ -48,8 +48,11 @@ def requirement(q, k, v, M: int, chunk_size: int, dtype) -> str | None:
     return None
 
 
-def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, interpret=False):
-    """Outputs and the state at the start of `last_chunk`; see `idattn.ops.chunks`."""
+def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, gains=None, interpret=False):
+    """Outputs and the state at the start of `last_chunk`; see `idattn.ops.chunks`.
+
+    With gains (B, T, G, 2), b and b |beta|^2 of the write "damped", also the corrections u (B, T, G, E), in q's dtype.
+    """
     block = _choose_block(
         q,
         k,
@@ -58,21 +61,31 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, interpre
         tables.lags.shape[1],
         has_segments=run is not None,
         has_state=initial_state is not None,
+        corrects=gains is not None,
     )
     specs = _Specs(block, k.shape[2] // block.heads, q.shape[1] // block.K)
     arrays = [*_by_lanes(block, q, k, v), *_pack_tables(block, tables, q.dtype, FORWARD_TABLES)]
     in_specs = [specs.query(block.R), specs.key(block.R), specs.key(block.E), *map(specs.table, arrays[3:])]
     state = jax.ShapeDtypeStruct(_state_shape(block, k), jnp.float32)
     o = jax.ShapeDtypeStruct((*arrays[0].shape[:3], k.shape[2] * block.E), q.dtype)
-    out_specs = [specs.query(block.E), specs.state()]
+    shapes, out_specs = [o, state], [specs.query(block.E), specs.state()]
+    if gains is not None:
+        arrays, in_specs = [*arrays, _pack_gains(block, gains)], [*in_specs, specs.gains()]
+        shapes.append(jax.ShapeDtypeStruct(arrays[2].shape, q.dtype))
+        out_specs.append(specs.key(block.E))
     call = partial(_call, interpret=interpret)
-    o, last_start = call(forward_kernel, specs, run, initial_state, last_chunk, arrays, in_specs, [o, state], out_specs)
-    return _split_heads(block, o, q), _unpack_state(block, last_start, tables)
+    o, last_start, *u = call(forward_kernel, specs, run, initial_state, last_chunk, arrays, in_specs, shapes, out_specs)
+    return _split_heads(block, o, q), _unpack_state(block, last_start, tables), *(x.reshape(v.shape) for x in u)
 
 
-def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, interpret=False):
-    """The cotangents of q, k, v, tables and initial_state, from the same and the recomputed states."""
-    d_o, d_last = cotangents
+def backward(
+    q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents, *, gains=None, u=None, interpret=False
+):
+    """The cotangents of q, k, v, tables and initial_state, from the same and the recomputed states.
+
+    With gains, u is what `forward` returned, and the last cotangent that is returned is that of the gains.
+    """
+    d_o, d_last, *d_u = cotangents
     block = _choose_block(
         q,
         k,
@@ -81,11 +94,12 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
         tables.lags.shape[1],
         has_segments=run is not None,
         has_state=initial_state is not None,
+        corrects=gains is not None,
     )
     K, R, E, M2 = block.K, block.R, block.E, block.M2
     chunks, (B, G) = q.shape[1] // K, k.shape[::2]
     state = jax.ShapeDtypeStruct(_state_shape(block, k), jnp.float32)
-    q_, k_, v_ = _by_lanes(block, q, k, v)
+    q_, k_, v_ = _by_lanes(block, q, k, v if u is None else u)
 
     # A chunk has little work here, so a program takes several. The last one may compute chunks past the end in vain.
     specs = _Specs(block, G // block.heads, -(-chunks // MERGED), merged=min(MERGED, chunks))
@@ -105,7 +119,12 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
     d_decays = jax.ShapeDtypeStruct((G, 2 * K + 8, M2), jnp.float32)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_, k_, v_)] + [d_tables, d_decays, state]
     out_specs = [*inputs, specs.table(d_tables), specs.table(d_decays), specs.state()]
-    d_q, d_k, d_v, d_tables, d_decays, d_first = call(
+    if gains is not None:
+        arrays += [_by_lanes(block, q, k, v)[2], packed := _pack_gains(block, gains), _by_lanes(block, q, k, *d_u)[2]]
+        in_specs += [specs.key(E), specs.gains(), specs.key(E)]
+        shapes.append(jax.ShapeDtypeStruct(packed.shape, jnp.float32))
+        out_specs.append(specs.gains())
+    d_q, d_k, d_v, d_tables, d_decays, d_first, *d_gains = call(
         backward_kernel, specs, run, None, last_chunk, arrays, in_specs, shapes, out_specs
     )
     return (
@@ -114,6 +133,7 @@ def backward(q, k, v, tables: Tables, initial_state, run, last_chunk, cotangents
         d_v.reshape(v.shape).astype(v.dtype),
         _unpack_tables(block, d_tables, d_decays, tables),
         None if initial_state is None else _unpack_state(block, d_first, tables),
+        *(_unpack_gains(block, x) for x in d_gains),
     )
 
 
@@ -139,6 +159,10 @@ class _Specs(NamedTuple):
     def key(self, width):
         shape = (1, self.merged * self.block.K, self.block.heads * width)
         return pl.BlockSpec(shape, lambda g, b, n, *_: (b, self._chunk(n), g))
+
+    def gains(self):
+        shape = (1, 1, self.block.K, 2 * self.block.heads)
+        return pl.BlockSpec(shape, lambda g, b, n, *_: (b, g, self._chunk(n), 0))
 
     def table(self, x):
         return pl.BlockSpec((self.block.heads, *x.shape[1:]), lambda g, b, n, *_: (g, 0, 0))
@@ -176,7 +200,9 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
     )(last_chunk.astype(jnp.int32) + (0 if interpret else requires("tpu", "pallas_tpu")), *arrays)
 
 
-def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False) -> Block:
+def _choose_block(
+    q, k, v, M: int, K: int, *, has_segments: bool = False, has_state: bool = False, corrects: bool = False
+) -> Block:
     """The block with the most heads within the limits, where heads fill whole tiles of lanes or are all there are.
 
     Half of the heads are preferred to all of them, since the two cores of a v5p work on different blocks.
@@ -185,8 +211,8 @@ def _choose_block(q, k, v, M: int, K: int, *, has_segments: bool = False, has_st
     G, E = k.shape[2], v.shape[3]
     M2 = -(-2 * M // LANES) * LANES
     whole = [d for d in range(1, G + 1) if G % d == 0 and (d == G or (d * R % LANES == 0 and d * E % LANES == 0))]
-    blocks = [Block(K, heads, H // G, R, E, M2, has_segments, has_state) for heads in whole]
-    fit = [x for x in blocks if x.heads * x.J <= MAX_HEADS and x.vmem_bytes(q.dtype.itemsize) <= VMEM_BYTES]
+    blocks = [Block(K, heads, H // G, R, E, M2, has_segments, has_state, corrects) for heads in whole]
+    fit = [x for x in blocks if x.heads * x.reads <= MAX_HEADS and x.vmem_bytes(q.dtype.itemsize) <= VMEM_BYTES]
     halves = [x for x in fit if x.heads < G]
     return (halves or fit or blocks[:1])[-1]
 
@@ -256,6 +282,22 @@ def _pack_runs(run, K: int):
     before = jnp.where(before < 0, -2, before)  # a token that is padding sees no state
     last = jnp.where(run[..., -1:] < 0, -3, run[..., -1:])  # and a state that ends in padding is seen by none
     return jnp.stack([run, run[..., ::-1], *(jnp.broadcast_to(x, run.shape) for x in (before, last))], axis=2)
+
+
+def _pack_gains(block: Block, gains):
+    """(B, T, G, 2) as (B, blocks of heads, T, 2 heads): all first numbers before all second ones."""
+    B, T, G, _ = gains.shape
+    return (
+        gains.reshape(B, T, G // block.heads, block.heads, 2)
+        .transpose(0, 2, 1, 4, 3)
+        .reshape(B, -1, T, 2 * block.heads)
+    )
+
+
+def _unpack_gains(block: Block, x):
+    """The opposite of `_pack_gains`."""
+    B, _, T, _ = x.shape
+    return x.reshape(B, -1, T, 2, block.heads).transpose(0, 2, 1, 4, 3).reshape(B, T, -1, 2)
 
 
 def _by_lanes(block: Block, q, k, v):

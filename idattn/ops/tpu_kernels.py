@@ -36,6 +36,12 @@ class Block(NamedTuple):
     M2: int  # 2M, padded
     has_segments: bool
     has_state: bool  # the sequence starts from a given state
+    corrects: bool = False  # values by what their keys read, as if these were one more query head
+
+    @property
+    def reads(self) -> int:
+        """Rows that read the state for a token and key-value head."""
+        return self.J + self.corrects
 
     @property
     def width(self) -> int:
@@ -46,14 +52,14 @@ class Block(NamedTuple):
         K, M2, W = self.K, self.M2, self.R + self.E
         tables = (4 * K + M2) * M2 * itemsize + 2 * K * M2 * 4
         d_tables = (3 * K + M2) * M2 * 4 + (2 * K + 8) * M2 * 4
-        tokens, states = 4 * (self.J + 1) * K * W * itemsize, W * M2 * (itemsize + 8)
-        live = self.J * 10 * K * max(K, M2) * 4
+        tokens, states = 4 * (self.reads + 1) * K * W * itemsize, W * M2 * (itemsize + 8)
+        live = self.reads * 10 * K * max(K, M2) * 4
         return self.heads * (2 * (tables + d_tables + tokens + states) + live)
 
     @property
     def chains(self) -> list[tuple[int, int]]:
-        """The query heads (h, j): the j-th of key-value head h."""
-        return [(h, j) for h in range(self.heads) for j in range(self.J)]
+        """What reads the state: (h, j) for the j-th query head of key-value head h, (h, J) for a key that corrects."""
+        return [(h, j) for h in range(self.heads) for j in range(self.reads)]
 
     def rows(self, h: int, width: int, offset: int = 0) -> slice:
         """The rows of head h in an array whose rows are features."""
@@ -65,6 +71,7 @@ class _Masks(NamedTuple):
 
     tokens: jax.Array | None  # (K, 1) token t is not padding
     flipped: jax.Array  # (K, K) token t sees token s, column K - 1 - s
+    flipped_earlier: jax.Array  # likewise, but not itself
     within: jax.Array  # (K, K) token t sees token s
     start: jax.Array | None  # (K, 1) token t sees the state at the start
     end: jax.Array | None  # (1, K) token s is in the state at the end
@@ -136,14 +143,15 @@ def _where(mask, x):
 def _find_masks(block: Block, runs_ref, chunk: int = 0) -> _Masks:
     K = block.K
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (K, K), axis) for axis in (0, 1))
-    flipped, within = row + column >= K - 1, column <= row
+    flipped, within, earlier = row + column >= K - 1, column <= row, row + column > K - 1
     if not block.has_segments:
-        return _Masks(None, flipped, within, None, None, None)
+        return _Masks(None, flipped, earlier, within, None, None, None)
     run, reverse, before, last = (runs_ref[0, chunk, i : i + 1] for i in range(4))  # (1, K) each, see `_pack_runs`
     of_row = jnp.broadcast_to(run, (K, K)).T
     return _Masks(
         tokens=of_row[:, :1] >= 0,
         flipped=flipped & (of_row == reverse),
+        flipped_earlier=earlier & (of_row == reverse),
         within=within & (of_row == run),
         start=(of_row == before)[:, :1],
         end=run == last,
@@ -178,7 +186,7 @@ def _decay(x, decays_ref, h: int, *, conjugate: bool = False, end: bool = False)
 
 
 def _read(block: Block, q, flipped, X, tables, decays_ref, masks: _Masks) -> dict:
-    """What every query head computes from q (J, K, heads * R), k reversed and X, both in the dtype of products."""
+    """What every chain computes from its rows q[j] (K, heads * R), k reversed and X, both in the dtype of products."""
     dtype, R = flipped.dtype, block.R
     scores, response, decayed_response, w, decayed_w, weights = ({} for _ in range(6))
     for h, j in block.chains:
@@ -195,6 +203,93 @@ def _read(block: Block, q, flipped, X, tables, decays_ref, masks: _Masks) -> dic
     for i in block.chains:
         weights[i] = _where(masks.within, _roll(weights[i])).astype(dtype)
     return {i: _Read(scores[i], response[i], decayed_response[i], w[i], decayed_w[i], weights[i]) for i in block.chains}
+
+
+class _Correction(NamedTuple):
+    """What corrects the values of a key-value head; see `idattn.ops.adaptive_attention`, write="damped"."""
+
+    b: jax.Array  # (K, 1)
+    damping: jax.Array  # (K, 1) b |beta|^2
+    size: jax.Array  # (K, 1) |w|^2
+    below: jax.Array  # (K, 1) 1 + damping size
+    P: jax.Array  # (K, K) what a key reads of earlier tokens, in the dtype of products
+    inverse: jax.Array  # (K, K) of I + gain P, likewise
+
+    @property
+    def gain(self) -> jax.Array:
+        return self.b / self.below
+
+
+def _corrections(block: Block, read: dict, gains_ref, masks: _Masks) -> list[_Correction]:
+    """Of every key-value head. The gains are (K, 2 heads), all b before all dampings."""
+    numbers, found = _where(masks.tokens, gains_ref[0, 0]), []
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (block.K, block.K), axis) for axis in (0, 1))
+    for h in range(block.heads):
+        r = read[h, block.J]
+        b, damping = (numbers[:, i : i + 1] for i in (h, block.heads + h))
+        size = jnp.sum(r.w * r.w, axis=1, keepdims=True)
+        P = _where(row > column, r.weights)
+        found.append(_Correction(b, damping, size, 1 + damping * size, P, P))
+    inverses = _unit_inverses([(x.gain * x.P).astype(x.P.dtype) for x in found])
+    return [x._replace(inverse=inverse) for x, inverse in zip(found, inverses, strict=True)]
+
+
+def _unit_inverses(lower: list) -> list:
+    """(I + L)^-1 of strictly lower triangular L (K, K), by products in their dtype; see `idattn.ops.tree.unit_inverse`.
+
+    The inverses of the blocks of 2^i tokens on the diagonal give those of 2^(i + 1), for all blocks at once.
+    """
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, lower[0].shape, axis) for axis in (0, 1))
+    highest = row ^ column  # its highest bit tells the size of the blocks that have t and s in different halves
+    dtype, inverses = lower[0].dtype, [(row == column).astype(jnp.float32) - _where(highest == 1, x) for x in lower]
+    for i in range(1, (len(row) - 1).bit_length()):
+        rounded = [x.astype(dtype) for x in inverses]
+        corners = [_where(highest >> i == 1, x) for x in lower]
+        corners = [_dot(x, y).astype(dtype) for x, y in zip(corners, rounded, strict=True)]
+        inverses = [x - _dot(y, z) for x, y, z in zip(inverses, rounded, corners, strict=True)]
+    return [x.astype(dtype) for x in inverses]
+
+
+def _unanswered(block: Block, read: dict, v, X_v, h: int):
+    """Head h's values less what the state at the chunk's start answers to their keys: its window, float32."""
+    window = _window(h, block.E, block.heads * block.E)
+    return v[:, window].astype(jnp.float32) - _dot(read[h, block.J].decayed_w, X_v[window], (1, 1))
+
+
+def _correct(block: Block, read: dict, v, X_v, gains_ref, masks: _Masks):
+    """The corrections u (K, heads * E) that are written for v: (I + gain P) u = gain (v - what the start answers)."""
+    found = _corrections(block, read, gains_ref, masks)
+    right = [(x.gain * _unanswered(block, read, v, X_v, h)).astype(v.dtype) for h, x in enumerate(found)]
+    return _assemble([_dot(x.inverse, y) for x, y in zip(found, right, strict=True)], block.E).astype(v.dtype)
+
+
+def _correct_backward(block: Block, read: dict, v, u, d_u_T: list, X_v, gains_ref, masks: _Masks):
+    """What the corrections u of a chunk pass back.
+
+    Args:
+      d_u_T: (E, K) of each key-value head, all cotangents but those through other corrections.
+
+    Returns:
+      The cotangents of v (K, heads * E), which is the negative of what stands for d_o where keys read; of each head's
+      |w|^2 (K, 1); and of the gains (K, 2 heads).
+    """
+    K, E, found = block.K, block.E, _corrections(block, read, gains_ref, masks)
+    r = jnp.concatenate([_dot(y.astype(v.dtype), x.inverse) for x, y in zip(found, d_u_T, strict=True)]).T
+    gains, errors = [], []
+    for h, x in enumerate(found):
+        error = _unanswered(block, read, v, X_v, h)
+        errors.append(error - _dot(x.P, u[:, _window(h, E, block.heads * E)]))
+        gains.append(jnp.broadcast_to(x.gain, error.shape))
+    by_error = r * _assemble(errors, E)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (K, 2 * block.heads), 1)
+    d_sizes, d_gains = [], jnp.zeros(lane.shape, jnp.float32)
+    for h, x in enumerate(found):
+        d_gain = jnp.sum(_head_lanes(by_error, h, E), axis=1, keepdims=True)
+        d_below = -d_gain * x.gain / x.below
+        d_sizes.append(d_below * x.damping)
+        d_gains = jnp.where(lane == h, d_gain / x.below, d_gains)
+        d_gains = jnp.where(lane == block.heads + h, d_below * x.size, d_gains)
+    return r * _assemble(gains, E), d_sizes, d_gains
 
 
 def _advance(block: Block, k, v, X, lags, decays_ref, masks: _Masks):
@@ -223,9 +318,11 @@ def _begin(first_ref, state):
 
 
 def forward_kernel(last_ref, *refs, block: Block):
-    """The outputs of a chunk, and the state at the start of each row's last chunk."""
-    runs_ref, first_ref, refs = _split_refs(block, refs, 5)
-    q_ref, k_ref, v_ref, tables_ref, decays_ref, o_ref, last_start_ref, state = refs
+    """The outputs of a chunk, the state at the start of each row's last chunk, and corrections, if there are any."""
+    runs_ref, first_ref, refs = _split_refs(block, refs, 5 + block.corrects)
+    q_ref, k_ref, v_ref, tables_ref, decays_ref, *refs = refs
+    *gains_ref, o_ref, last_start_ref = refs[: 2 + block.corrects]
+    *u_ref, state = refs[2 + block.corrects :]
     E, dtype = block.E, q_ref.dtype
     _begin(first_ref, state)
 
@@ -238,10 +335,17 @@ def forward_kernel(last_ref, *refs, block: Block):
     X = state[...]
     rounded = X.astype(dtype)
     X_v = rounded[block.heads * block.R :]
+    rows = [*(q[j] for j in range(block.J)), k]  # the last of which reads only where it corrects
+    read = _read(block, rows, _flip(block, k), rounded, tables, decays_ref, masks)
+    if block.corrects:
+        v = _correct(block, read, v, X_v, gains_ref[0], masks)
+        u_ref[0][0] = v
     o = {}
-    for (h, j), r in _read(block, q, _flip(block, k), rounded, tables, decays_ref, masks).items():
+    for h in range(block.heads):
         window = _window(h, E, block.heads * E)
-        o[h, j] = _dot(r.weights, v[:, window]) + _dot(r.decayed_w, X_v[window], (1, 1))
+        for j in range(block.J):
+            r = read[h, j]
+            o[h, j] = _dot(r.weights, v[:, window]) + _dot(r.decayed_w, X_v[window], (1, 1))
     for j in range(block.J):
         o_ref[0, j] = _assemble([o[h, j] for h in range(block.heads)], E).astype(dtype)
     state[...] = _advance(block, k, v, X, tables["lags"], decays_ref, masks)
@@ -264,10 +368,14 @@ def starts_kernel(last_ref, *refs, block: Block):
 
 
 def backward_kernel(last_ref, *refs, block: Block):
-    """The cotangents of a chunk's q, k and v, and those of the tables and the initial state, summed over chunks."""
-    runs_ref, _, refs = _split_refs(block._replace(has_state=False), refs, 8)
+    """The cotangents of a chunk's q, k and v, and those of the tables and the initial state, summed over chunks.
+
+    With corrections, u stands for v, and v, the gains and the cotangents of u from outside are further inputs.
+    """
+    runs_ref, _, refs = _split_refs(block._replace(has_state=False), refs, 8 + 3 * block.corrects)
     q_ref, k_ref, v_ref, d_o_ref, starts_ref, tables_ref, decays_ref, d_last_ref, *refs = refs
-    d_q_ref, d_k_ref, d_v_ref, d_tables_ref, d_decays_ref, d_first_ref, d_state = refs
+    correction_refs, refs = refs[: 3 * block.corrects], refs[3 * block.corrects :]
+    d_q_ref, d_k_ref, d_v_ref, d_tables_ref, d_decays_ref, d_first_ref, *d_gains_ref, d_state = refs
     K, R, E, J, dtype = block.K, block.R, block.E, block.J, q_ref.dtype
     heads, chains = block.heads, block.chains
     b, n = pl.program_id(1), pl.program_id(2)
@@ -281,13 +389,34 @@ def backward_kernel(last_ref, *refs, block: Block):
 
     tables, masks = _views(tables_ref, K, BACKWARD_TABLES), _find_masks(block, runs_ref)
     q, k, v, d_o = (_where(masks.tokens, ref[0]) for ref in (q_ref, k_ref, v_ref, d_o_ref))
+    q, d_o = ([x[j] for j in range(J)] for x in (q, d_o))
     X, d_X = starts_ref[0, 0, 0], d_state[...]
     X_k, X_v, d_X_rounded = X[: heads * R], X[heads * R :], d_X.astype(dtype)
     v_flipped = _flip(block, v)
     # In transposed arrays a head is a range of rows, so that products with it fill the systolic array.
-    k_T, v_T, q_T, d_o_T = k.T, v.T, [q[j].T for j in range(J)], [d_o[j].T for j in range(J)]
-    read = _read(block, q, _flip(block, k), X, tables, decays_ref, masks)
+    k_T, v_T, q_T, d_o_T = k.T, v.T, [x.T for x in q], [x.T for x in d_o]
+    read = _read(block, [*q, k], _flip(block, k), X, tables, decays_ref, masks)
     d_weights, d_decayed_w, d_w, d_scores, d_decayed_response, d_response, d_same, d_other = ({} for _ in range(8))
+
+    d_sizes = []
+    if block.corrects:  # keys read as queries do, what they read is subtracted, and u is what they are read with
+        values_ref, gains_ref, d_u_ref = correction_refs
+        d_u_T, from_outside = [], d_u_ref[0].T
+        for h in range(heads):
+            rows, inputs_rows = block.rows(h, E, heads * R), block.rows(h, E)
+            d_u = _where(masks.end, _dot(d_X_rounded[rows], tables["lags"](h), (1, 1)))
+            d_u += from_outside[inputs_rows].astype(jnp.float32)
+            for j in range(J):
+                d_u += _dot(d_o_T[j][inputs_rows], read[h, j].weights)
+            d_u_T.append(d_u)
+        values = _where(masks.tokens, values_ref[0])
+        d_values, d_sizes, d_gains_ref[0][0, 0] = _correct_backward(
+            block, read, values, v, d_u_T, X_v, gains_ref, masks
+        )
+        d_v_ref[0] = d_values.astype(dtype)
+        d_o.append((-d_values).astype(dtype))
+        d_o_T.append(d_o[-1].T)
+        q_T.append(k_T)
 
     # o = P v + decayed_w X_v, P = skew(w lags^T), decayed_w = w conj(decays), since w carries the sign of Re
     for h, j in chains:
@@ -295,10 +424,12 @@ def backward_kernel(last_ref, *refs, block: Block):
         d_weights[h, j] = _dot(lanes, v_flipped[:, window], (1, 1))
         d_decayed_w[h, j] = _where(masks.start, _dot(lanes, X_v[window]))
     for h, j in chains:
-        d_weights[h, j] = _roll(_where(masks.flipped, d_weights[h, j])).astype(dtype)
+        seen = masks.flipped if j < J else masks.flipped_earlier
+        d_weights[h, j] = _roll(_where(seen, d_weights[h, j])).astype(dtype)
         decayed, swapped = _decay(d_decayed_w[h, j], decays_ref, h)
         d_same[h, j], d_other[h, j] = read[h, j].w * d_decayed_w[h, j], read[h, j].w * swapped
-        d_w[h, j] = (_dot(d_weights[h, j], tables["late_lags"](h)) + decayed).astype(dtype)
+        through = _dot(d_weights[h, j], tables["late_lags"](h)) + decayed
+        d_w[h, j] = (through if j < J else through + 2 * d_sizes[h] * read[h, j].w).astype(dtype)
     # w = skew(S) spread + readout decayed_response, decayed_response = response decays
     for h, j in chains:
         d_scores[h, j] = _dot(d_w[h, j], tables["late_spread"](h), (1, 1))
@@ -316,12 +447,14 @@ def backward_kernel(last_ref, *refs, block: Block):
         d_decays_ref[h, :K] += d_same[h, j] + read[h, j].response * d_decayed_response[h, j]
         d_decays_ref[h, K : 2 * K] += read[h, j].response * swapped - d_other[h, j]
     # S = q k^T and response = q X_k^T
-    for j in range(J):
+    d_q_T = []
+    for j in range(block.reads):
         d_q_T = []
         for h in range(heads):
             rows = block.rows(h, R)
             d_q_T.append(_dot(k_T[rows], d_scores[h, j], (1, 1)) + _dot(X_k[rows], d_response[h, j], (1, 1)))
-        d_q_ref[0, j] = jnp.concatenate(d_q_T).astype(dtype).T
+        if j < J:
+            d_q_ref[0, j] = jnp.concatenate(d_q_T).astype(dtype).T
     # X^K = lambda^K X^0 + z^T lags
     weights, decayed_w = {i: r.weights for i, r in read.items()}, {i: r.decayed_w for i, r in read.items()}
     d_k = d_k_ref, k_T, q_T, d_scores, d_response, R, 0
@@ -334,16 +467,19 @@ def backward_kernel(last_ref, *refs, block: Block):
             d_z = _where(masks.end, _dot(d_X_rounded[rows], tables["lags"](h), (1, 1)))
             decayed, swapped = _decay(d_X[rows], decays_ref, h, conjugate=True, end=True)
             d_start = _where(masks.continues, decayed)
-            for j in range(J):
+            for j in range(block.reads):
                 d_z += _dot(from_T[j][inputs_rows], to_z[h, j])
                 d_start += _dot(from_T[j][inputs_rows], to_start[h, j])
+            if block.corrects and part == 0:  # what keys read, as the last of the queries
+                d_z += d_q_T[h]
             d_z_T.append(d_z.astype(dtype))
             d_state[rows] = d_start
             continued = _where(masks.continues, X[rows].astype(jnp.float32))
             d_decays_ref[h, 2 * K : 2 * K + 1] += jnp.sum(continued * d_X[rows], axis=0, keepdims=True)
             d_decays_ref[h, 2 * K + 1 : 2 * K + 2] += jnp.sum(continued * swapped, axis=0, keepdims=True)
             ends[h, part], inputs[h, part] = d_X_rounded[rows], _where(masks.end, z_T[inputs_rows])
-        d_z_ref[0] = jnp.concatenate(d_z_T).T
+        if not (block.corrects and part == 1):
+            d_z_ref[0] = jnp.concatenate(d_z_T).T
     for h in range(heads):
         end, z_T = (jnp.concatenate([x[h, 0], x[h, 1]]) for x in (ends, inputs))
         d_tables_ref[h, :, 2 * K : 3 * K] += _dot(end, z_T, (0, 0))

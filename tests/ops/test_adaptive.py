@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from support import helpers, oracles
 
-from idattn.ops import Basis, adaptive_attention, adaptive_step, interdomain_attention
+from idattn.ops import Basis, adaptive_attention, adaptive_step, damped_tpu, interdomain_attention
+from idattn.ops.adaptive_chunks import Inputs
 from idattn.ops.arguments import SERIAL
+from idattn.ops.segments import find_segments
 from idattn.ops.tree import solve, unit_inverse
 
 SIZES = dict(H=4, G=2, R=4, E=3, M=5)
@@ -90,6 +92,37 @@ def test_float64(core, readout):
         helpers.assert_close(x, y, "float32", reduction=lengths, name=name)
     for name in case:
         helpers.assert_close(actual[name], expected[name], "float32", reduction=lengths, gradient=True, name=name)
+
+
+def test_the_tpu_kernels():
+    """Interpreted, in float32: damped corrections of three chunks, with documents and a state."""
+    rng, B, T = np.random.default_rng(5), 2, 300
+    case = make_case(rng, "delta", B, T, R=16, E=16, fast_phase=np.pi)
+    case = {name: x.astype(np.float32) for name, x in case.items()}
+    ids = helpers.segment_batches(T, 128, B)[-1]
+    case = {name: jnp.asarray(x) for name, x in with_nan_padding(case, ids).items()}
+    outputs = jax.eval_shape(op("chunkwise", None, "hermitian", "damped"), case, ids)
+    g = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), outputs)
+    with jax.enable_x64(True):
+        wide = {name: x.astype(np.float64) for name, x in case.items()}
+        expected, cotangents = with_cotangents(op("recurrent", None, "hermitian", "damped"))(wide, ids, g)
+
+    def kernels(case, ids):
+        basis = Basis(case["log_delta"], case["a_log"], case["a_imag"], (case["c_re"], case["c_im"]))
+        inputs = Inputs(case["q"], case["k"], case["v"], None, case["gains"][..., None])
+        return damped_tpu.attend(
+            inputs, basis, case["initial_state"], find_segments(ids), readout="hermitian", interpret=True
+        )
+
+    # Two programs: XLA crashes while it compiles one.
+    forward = jax.jit(lambda case, ids: jax.vjp(lambda case: kernels(case, ids), case), compiler_options=QUICK)
+    actual, pullback = forward(case, ids)
+    (back,) = jax.jit(lambda pullback, g: pullback(g), compiler_options=QUICK)(pullback, g)
+    lengths = T * 16 * SIZES["M"]  # as in `test_float64`
+    for name, x, y in zip(("outputs", "state"), actual, expected, strict=True):
+        helpers.assert_close(x, y, "float32", reduction=lengths, name=name)
+    for name in case:
+        helpers.assert_close(back[name], cotangents[name], "float32", reduction=lengths, gradient=True, name=name)
 
 
 def test_a_clock_that_stands_at_zero_is_the_paper_bit_for_bit():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idattn.ops import interdomain_attention, prepare_heads
+from idattn.ops import adaptive_attention, interdomain_attention, prepare_heads
 from idattn.ops.prepare import HeadInputs, Preparation
 from idattn.plan.compiler import compile_for
 from idattn.plan.op_shapes import SHAPES, OpShape, abstract_inputs, random_inputs
@@ -40,6 +40,25 @@ def op(q, k, v, basis, g, segment_ids, *, backend="pallas_tpu"):
     state = jnp.zeros((B, G, R + v.shape[3], 2 * basis.a_log.shape[1]))
     (o, state), pullback = jax.vjp(forward, q, k, v, basis, state)
     return o, state, pullback((g, state))
+
+
+def damped(q, k, v, basis, g, segment_ids, gains, state, core="fixed"):
+    """Outputs, final state and all cotangents of damped corrections."""
+
+    def forward(q, k, v, basis, gains, state):
+        return adaptive_attention(
+            q, k, v, basis, gains=gains, log_steps=None if core == "fixed" else gains, readout="hermitian",
+            write="damped", segment_ids=segment_ids, initial_state=state,
+        )  # fmt: skip
+
+    outputs, pullback = jax.vjp(forward, q, k, v, basis, gains, state)
+    return outputs, pullback((g, outputs[1]))
+
+
+def damped_inputs(shape, B, T, dtype):
+    state = jax.ShapeDtypeStruct((B, shape.G, shape.R + shape.E, 2 * shape.M), jnp.float32)
+    ids, gains = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T, shape.G), jnp.float32)
+    return *abstract_inputs(shape, B, T, jnp.dtype(dtype)), ids, gains, state
 
 
 def compile_op(topology, shape, dtype, T=300, segments=True):
@@ -79,6 +98,8 @@ def test_the_kernels_compile(libtpu, topology, shape, dtype):
     text = compile_op(topology, sizes, dtype) + compile_preparation(topology, sizes, dtype)
     for kernel in ("interdomain_forward", "interdomain_starts", "interdomain_backward", "prepare_backward"):
         assert kernel in text
+    corrected = compile_for(topology, damped, *damped_inputs(sizes, 2, 300, dtype)).as_text()
+    assert corrected.count('custom_call_target="tpu_custom_call"') == 3, "no other kernel, and no loop over chunks"
 
 
 @pytest.mark.slow
@@ -86,6 +107,8 @@ def test_the_kernels_compile(libtpu, topology, shape, dtype):
 @pytest.mark.parametrize("shape", ODD)
 def test_odd_shapes_compile(libtpu, shape, dtype):
     assert "interdomain_backward" in compile_op("v5e:2x2", ODD[shape], dtype, segments=False)
+    corrected = compile_for("v5e:2x2", damped, *damped_inputs(ODD[shape], 2, 300, dtype)).as_text()
+    assert "interdomain_backward" in corrected
 
 
 def test_auto_takes_the_kernels_where_compiled_for_a_tpu():
@@ -94,6 +117,15 @@ def test_auto_takes_the_kernels_where_compiled_for_a_tpu():
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
     chunkwise = jax.jit(functools.partial(op, backend="chunkwise")).trace(*inputs, None)
     assert "tpu_custom_call" not in chunkwise.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_auto_takes_the_kernels_for_damped_corrections_without_a_clock():
+    inputs = damped_inputs(SHAPES["cpu"], 1, 256, jnp.bfloat16)
+    counts = {
+        core: str(jax.make_jaxpr(functools.partial(damped, core=core))(*inputs)).count("pallas_call")
+        for core in ("fixed", "clock")
+    }
+    assert counts == {"fixed": 3, "clock": 0}
 
 
 def test_auto_is_chunkwise_elsewhere():

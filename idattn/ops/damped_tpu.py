@@ -1,0 +1,69 @@
+"""Damped corrections on TPUs where every step is the paper's: the kernels of `idattn.ops.pallas_tpu` with one more row.
+
+A key reads the state as a query does, by the same tables, and what is written for its value is u = gain (v - what it
+reads); see `idattn.ops.adaptive_attention`. The kernels invert (I + gain P), as `idattn.ops.adaptive_chunks` does.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from idattn.ops import pallas_tpu
+from idattn.ops.adaptive_chunks import Inputs, own_weights
+from idattn.ops.backend import DEFAULT_CHUNK_SIZE
+from idattn.ops.chunks import final_state, last_tokens, make_tables, pad_to_chunks
+from idattn.ops.discretize import Basis, discretize
+from idattn.ops.segments import Segments
+
+K = DEFAULT_CHUNK_SIZE
+
+
+def requirement(inputs: Inputs, basis: Basis) -> str | None:
+    """What the kernels would need, or None if they have it."""
+    M = basis.a_log.shape[1]
+    return pallas_tpu.requirement(inputs.q, inputs.k, inputs.v, M, K, basis.a_log.dtype, corrects=True)
+
+
+def attend(
+    inputs: Inputs, basis: Basis, initial_state: jax.Array, segments: Segments | None, *, readout: str, interpret=False
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs (B, T, H, E) and the state after each row's last token, of inputs without `log_steps`.
+
+    Args:
+      readout: "hermitian".
+      interpret: as `jax.experimental.pallas.pallas_call` takes it.
+    """
+    assert inputs.gains is not None and inputs.log_steps is None, "values are corrected, and all steps are alike"
+    T, tables, own = inputs.q.shape[1], make_tables(basis, K, readout), own_weights(basis, readout)[:, None, None]
+    tables = tables._replace(
+        readout=tables.readout / own.reshape(-1, *[1] * (tables.readout.ndim - 1)), spread=tables.spread / own
+    )
+    beta_size = jnp.sum(discretize(basis)[1] ** 2, axis=(-2, -1))[None, None, :, None]
+    gains = jnp.concatenate([inputs.gains, inputs.gains * beta_size], axis=-1)
+    last = last_tokens(segments, *inputs.q.shape[:2])
+    (q, k, v, gains), run = pad_to_chunks((inputs.q, inputs.k, inputs.v, gains), segments, K)
+    o, start, u = _correct(interpret, q, k, v, gains, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    return o[:, :T], final_state((k, u), start, tables, initial_state, run, last)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _correct(interpret: Any, q, k, v, gains, tables, initial_state, run, last_chunk) -> Any:
+    return pallas_tpu.forward(q, k, v, tables, initial_state, run, last_chunk, gains=gains, interpret=interpret)
+
+
+def _correct_forward(interpret: Any, *inputs):
+    outputs = _correct(interpret, *inputs)
+    return outputs, (*inputs, outputs[2])
+
+
+def _correct_backward(interpret: Any, residuals, cotangents):
+    q, k, v, gains, *rest, u = residuals
+    d_q, d_k, d_v, *d_rest, d_gains = pallas_tpu.backward(
+        q, k, v, *rest, cotangents, gains=gains, u=u, interpret=interpret
+    )
+    return d_q, d_k, d_v, d_gains, *d_rest, None, None
+
+
+_correct.defvjp(_correct_forward, _correct_backward)
