@@ -44,26 +44,27 @@ def attend(
     gains = jnp.concatenate([inputs.gains, inputs.gains * beta_size], axis=-1)
     last = last_tokens(segments, *inputs.q.shape[:2])
     (q, k, v, gains), run = pad_to_chunks((inputs.q, inputs.k, inputs.v, gains), segments, K)
-    o, start, u = _correct(interpret, q, k, v, gains, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    outputs: Any = _correct(interpret, q, k, v, gains, tables, initial_state, run, jnp.maximum(last, 0) // K)
+    o, start, u = outputs
     return o[:, :T], final_state((k, u), start, tables, initial_state, run, last)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _correct(interpret: Any, q, k, v, gains, tables, initial_state, run, last_chunk) -> Any:
+def _correct(interpret: Any, q, k, v, gains, tables, initial_state, run, last_chunk):
     return pallas_tpu.forward(q, k, v, tables, initial_state, run, last_chunk, gains=gains, interpret=interpret)
 
 
 def _correct_forward(interpret: Any, *inputs):
-    outputs = _correct(interpret, *inputs)
+    outputs: Any = _correct(interpret, *inputs)
     return outputs, (*inputs, outputs[2])
 
 
 def _correct_backward(interpret: Any, residuals, cotangents):
-    q, k, v, gains, *rest, u = residuals
-    d_q, d_k, d_v, *d_rest, d_gains = pallas_tpu.backward(
-        q, k, v, *rest, cotangents, gains=gains, u=u, interpret=interpret
+    q, k, v, gains, tables, initial_state, run, last_chunk, u = residuals
+    d_q, d_k, d_v, d_tables, d_state, d_gains = pallas_tpu.backward(
+        q, k, v, tables, initial_state, run, last_chunk, cotangents, gains=gains, u=u, interpret=interpret
     )
-    return d_q, d_k, d_v, d_gains, *d_rest, None, None
+    return d_q, d_k, d_v, d_gains, d_tables, d_state, None, None
 
 
 _correct.defvjp(_correct_forward, _correct_backward)
