@@ -20,6 +20,7 @@ if JAXLIB.startswith("0.10."):  # XLA ends a process that names a flag which it 
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from jax.extend.backend import clear_backends  # noqa: E402
 
 from idattn.plan.compiler import load_compiler  # noqa: E402
@@ -28,6 +29,8 @@ from idattn.plan.gpus import find_plugin, load_gpu_compiler  # noqa: E402
 jax.config.update("jax_disable_most_optimizations", True)  # compiles several times faster; numbers are the same
 gc.set_threshold(100_000, 20, 100)  # tracing makes objects in masses: Python would search them a sixth of the time
 jax.config.update("jax_numpy_rank_promotion", "raise")  # users may have it so, and shapes that differ are faults
+settings.register_profile("idattn", deadline=None, derandomize=True)  # the same examples in every run, however slow
+settings.load_profile("idattn")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

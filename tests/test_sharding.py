@@ -25,7 +25,7 @@ from idattn.config import (
     from_config_dict,
 )
 from idattn.nn import InterdomainAttention, LanguageModel
-from idattn.sharding import check_divides, local_rows, make_mesh, on_shards, place, spec
+from idattn.sharding import check_divides, local_rows, make_mesh, place, spec
 from idattn.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -417,17 +417,8 @@ def test_what_is_not_split_over_tokens(mixer):
         jax.eval_shape(resume, jnp.zeros((B, T), jnp.int32))
 
 
-def test_without_a_mesh_nothing_is_wrapped():
-    def function(x):
-        return x
-
-    assert on_shards(function, None, None) is function
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        assert on_shards(function, None, None) is function
-
-
-def test_every_process_reads_its_rows():
-    """Rows of a mesh that two processes share are those of its devices; placing them puts each where it belongs."""
+def test_one_process_reads_all_rows():
+    """Placing them puts each where it belongs; `train/test_processes.py` has several processes."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
     assert local_rows(mesh, B) == list(range(B))
     x = np.arange(B * T, dtype=np.int32).reshape(B, T)

@@ -215,7 +215,7 @@ def cut(corpus, unit_bytes):
     return [list(corpus.read(unit)) for unit in corpus.units(unit_bytes)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 60), max_size=12), st.integers(1, 200), st.sampled_from(list(OPENERS)))
 def test_units_of_lines(tmp_path_factory, lengths, unit_bytes, suffix):
     path = tmp_path_factory.mktemp("lines") / f"rows{suffix}"

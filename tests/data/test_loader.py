@@ -6,7 +6,6 @@ import json
 
 import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +62,6 @@ def brute_force(token_ids, seq_len, reset):
     return windows
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.integers(1, 7), st.sampled_from(["reset", "ignore"]))
 def test_windows_equal_brute_force(lengths, seq_len, documents):
     token_ids, windows = make(lengths, seq_len, documents)
@@ -74,7 +72,7 @@ def test_windows_equal_brute_force(lengths, seq_len, documents):
         assert [array.dtype for array in window.values()] == [np.int32, np.int32, np.int32, np.float32]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=5), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_every_token_is_a_target_once_an_epoch(lengths, seq_len, seed):
     total = len(lengths) + sum(lengths)
@@ -112,26 +110,11 @@ def test_resume_from_state():
     iterator = train_iterator([windows], 5, 1)
     take(iterator, 7)
     state = iterator.get_state()
+    assert state["next_index"] == 7 and sorted(state) == ["data", "next_index"]
     expected = take(iterator, 9)
     resumed = train_iterator([windows], 5, 1)
     next(resumed)  # what it had read ahead must not leak
     resumed.set_state(state)
-    np.testing.assert_equal(take(resumed, 9), expected)
-
-
-def test_resume_from_orbax_checkpoint(tmp_path):
-    _, windows = make([13, 4, 22], 3)
-    iterator = train_iterator([windows], 5, 1)
-    take(iterator, 7)
-    state = iterator.get_state()
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        manager.wait_until_finished()
-        expected = take(iterator, 9)
-        resumed = train_iterator([windows], 5, 1)
-        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
-    assert resumed.get_state() == state
-    assert state["next_index"] == 7 and sorted(state) == ["data", "next_index"]
     np.testing.assert_equal(take(resumed, 9), expected)
 
 

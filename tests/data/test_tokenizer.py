@@ -45,7 +45,6 @@ def json_path(tmp_path_factory):
     return str(path)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_bytes_round_trip(text):
     tokenizer = load_tokenizer("bytes")
@@ -162,7 +161,7 @@ def test_model_without_bos(tmp_path):
         load_tokenizer(f"{prefix}.model")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.text(max_size=3) | st.sampled_from([" ", "\u2581", "\u2585", "\ufdd0", "some", "<s>"])))
 def test_trained_round_trip(trained, parts):
     text = "".join(parts)

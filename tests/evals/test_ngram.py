@@ -35,14 +35,13 @@ def witten_bell(train, validation, order):
     return -np.mean([math.log(probability(w, h)) for w, h in zip(validation[1:], contexts, strict=True)])
 
 
-@settings(deadline=None)
 @given(streams, st.lists(st.integers(0, V - 1), min_size=2, max_size=12))
 def test_equals_dictionary_implementation(train, validation):
     expected = [witten_bell(train, validation, order) for order in range(1, 6)]
     np.testing.assert_allclose(ngram_nats(np.array(train), np.array(validation), V, 5), expected, rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(streams, st.integers(0, V - 1))
 def test_probabilities_sum_to_one(train, first):
     """Over all continuations of length 4, at every order: also after contexts that training lacks."""

@@ -102,7 +102,7 @@ def test_a_piece_keeps_its_space():
     assert stream.text == " was a truth"
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_streamed_text_is_decoded_text(kinds, kind, data):
     """For random tokens, text, and invalid bytes, released in any parts after any tokens."""

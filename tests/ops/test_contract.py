@@ -431,7 +431,7 @@ def holds(**strategies):
     def decorate(property_):
         @pytest.mark.parametrize("backend", BACKENDS)
         def test(backend):
-            @settings(max_examples=3 if backend == "pallas_gpu" else 50, deadline=None, derandomize=True)
+            @settings(max_examples=3 if backend == "pallas_gpu" else 50)
             @given(**strategies)
             def example(**values):
                 property_(backend, **values)

@@ -1,6 +1,5 @@
-"""Figures of a kernel that can be counted by hand, and the compiler that is not installed."""
+"""Figures of a kernel that can be counted by hand."""
 
-import importlib.util
 import json
 
 import jax
@@ -10,7 +9,6 @@ from jax.experimental import pallas as pl
 
 from idattn.chips import CHIPS
 from idattn.ops.softmax import splash
-from idattn.plan.compiler import load_compiler
 from idattn.plan.hlo import kernel_call, parse
 from idattn.plan.schedules import find_kernels
 
@@ -68,9 +66,3 @@ def test_a_call_in_hlo_is_that_of_its_kernel():
     newer = call._replace(name="blocked_product.7.refs_1_.refs_2_")
     assert kernel_call(newer) == (kernel.name, kernel.operands)
     assert kernel_call(call._replace(line=line.replace("tpu_custom_call", "AllocateBuffer"))) is None
-
-
-def test_a_missing_compiler_is_said_with_the_extra_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"libtpu.*idattn\[compile\]"):
-        load_compiler()

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
+
+from support.runs import ROOT
 
 from configs import study_cpu, study_cpu_tuning
 from idattn.choices import CELLS
@@ -29,7 +30,7 @@ def test_trials():
 
 def test_what_is_stored_can_be_gone_on_with():
     """Another setting of evaluations would part the records to come from those that are there."""
-    files = list(Path("results/study_cpu_tuning/cells").glob("*.json"))
+    files = list((ROOT / "results/study_cpu_tuning/cells").glob("*.json"))
     assert files
     for file in files:
         for evaluation in json.loads(file.read_text())["evaluations"].values():

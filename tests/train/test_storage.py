@@ -209,14 +209,6 @@ def test_no_other_path_becomes_a_local_folder(path, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_exports_are_readable_by_others(tmp_path):
-    save_weights(tmp_path / "new" / "export", make_config("corpus"), {"x": jnp.ones(3)}, 7)
-    weights = tmp_path / "new" / "export" / "model.safetensors"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert weights.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"gs://bucket/run needs the package gcsfs: pip install idattn\[gcs\]"):
