@@ -84,7 +84,10 @@ LESS = dict(conv_width=0, input_norms=False, feature_map="none")
 DIVIDED = dict(denominator=True, readout="hermitian", c="identity", feature_map="positive")
 
 
-@pytest.mark.parametrize("options", [LESS, DIVIDED], ids=str)
+ADAPTIVE = dict(core="clock", write="damped", readout="hermitian")  # decodes token by token, in no block
+
+
+@pytest.mark.parametrize("options", [LESS, DIVIDED, ADAPTIVE], ids=str)
 def test_options_of_the_layer_in_a_block(options):
     """Tokens that are decoded in blocks have the log-probabilities of one pass."""
     ssm = SSMConfig(num_modes=5, c_init_scale=16.0, delta_min=0.5, delta_max=1.0, **options)
