@@ -50,9 +50,17 @@ def test_a_mesh_changes_nothing(mixers, tmp_path):
     assert decoder._decode._cache_size() == 1
 
 
-def test_the_program_takes_as_many_devices_as_it_is_told(tmp_path, capsys):
+def test_the_program_takes_as_many_devices_as_it_is_told(tmp_path, monkeypatch, capsys):
     model = make_model("s4d", vocab_size=264)
     save_weights(tmp_path, run_of(model.config), nnx.to_pure_dict(nnx.state(model, nnx.Param)), 7)
+
+    load, meshes = generate.load, []
+
+    def recorded_load(*arguments, **settings):
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(generate, "load", recorded_load)
 
     def written(tensor):
         run_main(generate, f"--checkpoint={tmp_path}", "--prompt=ab", "--num_tokens=4", f"--tensor={tensor}")
@@ -60,6 +68,7 @@ def test_the_program_takes_as_many_devices_as_it_is_told(tmp_path, capsys):
 
     with defined_flags(generate):
         assert written(2) == written(1)
+        assert (meshes[0].size, meshes[1].empty) == (2, True)
         with pytest.raises(ValueError, match="--tensor=9 must be at most the 8 devices"):
             written(9)
 

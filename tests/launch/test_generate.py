@@ -54,6 +54,12 @@ def test_prompts(run, checkpoint, monkeypatch, tmp_path):
     assert restored.removesuffix("\n") == f"{head}\n\n{first}"
 
 
+def test_settings_of_sampling_count(run):
+    best = run("--prompt=ab", "--temperature=0").out
+    assert run("--prompt=ab", "--temperature=5", "--min_p=1").out == best
+    assert run("--prompt=ab", "--temperature=0", "--repetition_penalty=9").out != best
+
+
 def test_jsonl(run, tmp_path):
     rows = [{"prompt": "ab", "id": 3}, {"prompt": "", "temperature": 0, "seed": 5}, {"prompt": "xyz"}]
     (tmp_path / "in").write_text("\n".join(map(json.dumps, rows)) + "\n\n")

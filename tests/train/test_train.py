@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ from idattn.train import loop, train
 from idattn.train.checkpoint import load_params
 from idattn.train.metrics import read_metrics
 from idattn.train.step import Trainer
+from idattn.train.stop import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +300,11 @@ def test_init_from_starts_at_step_0_with_the_weights(finished, corpus, tmp_path,
     for options in ({"init_from": str(reference)}, {"init_from": str(reference / "checkpoints" / "8")}, {}):
         with pytest.raises(Stopped):
             train(config, tmp_path / str(len(before_first_step)), **options)
-    latest, eighth, fresh = before_first_step
+    with pytest.raises(Stopped):  # stopped before its first checkpoint, the run starts from the weights again
+        train(config, tmp_path / "0", init_from=str(reference))
+    latest, eighth, fresh, again = before_first_step
+    assert again[0] == 0
+    assert_same_arrays(again[1], latest[1])
     assert (latest[0], eighth[0], fresh[0]) == (0, 0, 0)
     assert_same_arrays(latest[1]["params"], load_params(reference)[1])
     assert_same_arrays(eighth[1]["params"], load_params(reference, 8)[1])
@@ -366,6 +372,35 @@ def test_not_finite_stops_with_the_state_before(corpus, tmp_path):
         assert_same_arrays(aside[name], after_one[name])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(aside["params"]))
     assert max(np.abs(x).max() for x in jax.tree.leaves(aside["params"])) > 1e29
+
+
+def test_speed_is_of_steps_alone(corpus, tmp_path, monkeypatch, capsys):
+    """Seconds a step of a second, but for evaluations; a step that is not finite and may be skipped ends nothing."""
+    changes = {"eval_every": 4, "checkpoint_every": 6, "log_every": 2, "skip_not_finite": 1}
+    config = make_config(corpus, mixer="softmax", steps=6, **changes)
+    run, seconds, rows = loop._Run(config, tmp_path, "", (0, 0), []), [0], {}
+
+    def step(self, state, batch):
+        seconds[0] += 1
+        return state, {"loss": np.float32(np.nan), "grad_norm": np.float32(np.nan), "not_finite": np.int32(1)}
+
+    def evaluate(self, state):
+        seconds[0] += 100
+        return 1.0
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
+    monkeypatch.setattr(loop._Run, "_write", lambda self, step, metrics: rows.setdefault(step, dict(metrics)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(loop, "device_peak_flops", lambda kind: 1e9)
+    run.stop, run.writer = StopRequest(), None
+    run._steps(0, None, SimpleNamespace(save=lambda *state: None))
+    # A step is reported while the next one runs, and before an evaluation at once.
+    assert {step: row["seconds_per_step"] for step, row in rows.items()} == {2: 1.0, 4: 0.5, 6: 1.0}
+    assert {step: row["tokens_per_second"] for step, row in rows.items()} == {2: 64.0, 4: 128.0, 6: 64.0}
+    assert capsys.readouterr().out.count("skipped: loss nan, gradient norm nan (1 of 1 that may be)") == 1
+    run.trainer = SimpleNamespace(mesh=SimpleNamespace(size=8))
+    assert run._speed(1.0)["mfu"] == pytest.approx(rows[2]["mfu"] / 8)
 
 
 def test_resumes_after_validation_losses_that_were_not_finite(finished, tmp_path):
