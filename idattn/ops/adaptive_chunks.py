@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from idattn.ops.chunks import apply_readout, signed_readout
 from idattn.ops.discretize import Basis, discretize, mode_weights
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.planes import complex_multiply, flatten_planes, real_part_row, to_planes
+from idattn.ops.planes import flatten_planes, multiply_flattened, real_part_row
 from idattn.ops.segments import PADDING, Segments
 from idattn.ops.tree import Tree, block_length, blocks, halves, join_right, make_tree
 from idattn.ops.tree_chunks import (
@@ -93,22 +93,24 @@ class Steps(NamedTuple):
 
     log_size: jax.Array  # log |lambda|
     phase: jax.Array  # arg lambda
-    beta: jax.Array  # planes
+    beta: jax.Array  # flattened planes
 
 
 def _steps(log_steps: jax.Array | None, basis: Basis) -> Steps:
     """The steps of tokens with log_steps (B, T, G, 1), or None for those of `idattn.ops.interdomain_attention`."""
     if log_steps is None:
         delta = jnp.exp(basis.log_delta)[:, None]
-        return Steps(-jnp.exp(basis.log_delta[:, None] + basis.a_log), delta * basis.a_imag, discretize(basis)[1])
+        beta = flatten_planes(discretize(basis)[1])
+        return Steps(-jnp.exp(basis.log_delta[:, None] + basis.a_log), delta * basis.a_imag, beta)
     log_delta = basis.log_delta[None, None, :, None] + log_steps
     x = -jnp.exp(log_delta + basis.a_log[None, None])
     y = jnp.exp(log_delta) * basis.a_imag[None, None]
     # exp(x + iy) - 1 without cancellation. A loop over terms for small steps, as in `discretize`, would take long.
-    minus_one = jnp.stack([jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2, jnp.exp(x) * jnp.sin(y)], axis=-2)
+    minus_one = [jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2, jnp.exp(x) * jnp.sin(y)]
     a_re = -jnp.exp(basis.a_log)
-    inverse = jnp.stack([a_re, -basis.a_imag], axis=-2) / (a_re**2 + basis.a_imag**2)[:, None]
-    return Steps(x, y, complex_multiply(minus_one, inverse[None, None]))
+    size = a_re**2 + basis.a_imag**2
+    inverse = jnp.concatenate([a_re / size, -basis.a_imag / size], axis=-1)
+    return Steps(x, y, multiply_flattened(jnp.concatenate(minus_one, axis=-1), inverse[None, None]))
 
 
 def _token_steps(log_steps: jax.Array | None, basis: Basis, K: int, masks: Masks | None) -> Steps:
@@ -151,9 +153,9 @@ def _group(
         address, gains = w[:, :, :, -1], split_tokens(inputs.gains, K)  # with the sign of Re, the conjugate
         size = jnp.sum(address**2, axis=-1, keepdims=True)
         if write == "damped":
-            gains = gains / (1 + gains * size * jnp.sum(steps.beta**2, axis=(-2, -1))[..., None])
+            gains = gains / (1 + gains * size * jnp.sum(steps.beta**2, axis=-1, keepdims=True))
         else:
-            tree = make_tree(steps.log_size, steps.phase, to_planes(address / (size + FLOOR)), K, run)
+            tree = make_tree(steps.log_size, steps.phase, address / (size + FLOOR), K, run)
         P, moves = weights_on_tokens(w, tree, masks, True, dtype), find_moves(tree, N, masks)
         u, X_v, end_v = scan_corrections(P[:, :, :, -1], at_start[:, :, :, -1], v, gains, moves, state[:, :, R:], dtype)
         P, at_start = P[:, :, :, :-1], at_start[:, :, :, :-1]
@@ -166,13 +168,13 @@ def _weights_on_modes(rows, k, X_k, tree: Tree, table, masks: Masks | None) -> j
     K, dtype = k.shape[3], rows.dtype
     c = block_length(K)
     y = einsum_f32("nbgjtr,nbgrm->nbgjtm", rows, X_k, dtype)
-    y = flatten_planes(complex_multiply(to_planes(y), tree.start[:, :, :, None]))
+    y = tree.multiply(y, tree.start[:, :, :, None])
     y = y if masks is None else jnp.where(masks.start, y, 0)
 
     def respond(later, earlier, right, left, mask):  # decays of pairs, rows and keys of the pairs' tokens
         scores = jnp.where(mask, einsum_f32("nbgjptr,nbgpsr->nbgjpts", right, left, dtype), 0)
-        y = einsum_f32("nbgjpts,nbgpsm->nbgjptm", scores, flatten_planes(earlier), dtype)
-        return flatten_planes(complex_multiply(to_planes(y), later[:, :, :, None]))
+        y = einsum_f32("nbgjpts,nbgpsm->nbgjptm", scores, earlier, dtype)
+        return tree.multiply(y, later[:, :, :, None])
 
     mask = base_mask(rows.shape[3], c, False, masks)
     y = y + respond(tree.later, tree.earlier, blocks(rows, c, 4), blocks(k, c, 3), mask).reshape(y.shape)

@@ -26,6 +26,18 @@ def complex_multiply(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.stack([x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re], axis=-2)
 
 
+def multiply_flattened(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of flattened planes (..., 2M), which broadcast; on TPUs it fills registers, as planes do not."""
+    (a, b), (c, d) = (jnp.split(z, 2, axis=-1) for z in (x, y))
+    return jnp.concatenate([a * c - b * d, a * d + b * c], axis=-1)
+
+
+def conjugate_flattened(x: jax.Array) -> jax.Array:
+    """The complex conjugate of flattened planes (..., 2M)."""
+    re, im = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([re, -im], axis=-1)
+
+
 def conjugate(x: jax.Array) -> jax.Array:
     """The complex conjugate of planes (..., 2, M)."""
     return x * jnp.asarray([1, -1], x.dtype).reshape(*[1] * (x.ndim - 2), 2, 1)

@@ -7,15 +7,16 @@ the middle of the smallest part that holds both in different halves: both factor
 block, factors refer to the block's middle; there a step's decay counts as at least exp(-limit), which is below the
 rounding of what it is added to, so that factors stay within exp(+-4 limit).
 
-Decays are complex, as planes (..., 2, M), or real, (..., M).
+Decays are complex, as flattened planes (..., 2M), or real, (..., M).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.planes import complex_multiply
+from idattn.ops.planes import conjugate_flattened, multiply_flattened
 
 BLOCK = 8
 _LIMIT = {"float32": 16.0, "float64": 40.0}  # exp(-limit) is below the rounding, exp(4 limit) far below the largest
@@ -37,11 +38,10 @@ class Tree(NamedTuple):
     start: jax.Array  # from before the chunk to each token, (B, G, N, K, ...)
     end: jax.Array  # from each token to the last of the chunk, times its weight, (B, G, N, K, ...)
     decay: jax.Array  # over the chunk, (B, G, N, ...)
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of two decays, or of a row and a decay
 
-    @property
-    def is_complex(self) -> bool:
-        """Whether decays are planes (..., 2, M)."""
-        return self.decay.ndim == 5
+    def conjugate(self, decay: jax.Array) -> jax.Array:
+        return decay if self.multiply is jnp.multiply else conjugate_flattened(decay)
 
 
 def chunk_length(size: int, T: int) -> int:
@@ -64,13 +64,13 @@ def make_tree(
       log_size: (B, G, N, K, M) of each token's step, at most 0; (1, G, 1, 1, M) where all steps are alike. The order of
         the first three axes is the caller's, but with `run` it is (N, B, G, K, M).
       phase: of each step, in radians, in the same shape; None where decays are real.
-      weight: of each token, planes (..., 2, M), or (..., M) where decays are real; in a shape that broadcasts.
+      weight: of each token, as decays are; in a shape that broadcasts.
       K: tokens in a chunk.
       run: (N, B, K) the documents of the tokens, where decays are wanted inside a run only: they do not depend on other
         runs then, not even by rounding. None for one document.
     """
     c = block_length(K)
-    multiply = jnp.multiply if phase is None else complex_multiply
+    multiply = jnp.multiply if phase is None else multiply_flattened
 
     def in_blocks(x):  # one block stands for all where one step does
         x = jnp.broadcast_to(x, (*x.shape[:3], c, *x.shape[4:])) if x.shape[3] == 1 else x
@@ -81,7 +81,8 @@ def make_tree(
     def decays(log_size, phase):
         if phase is None:
             return jnp.exp(log_size)
-        return jnp.exp(log_size)[..., None, :] * jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=-2)
+        size = jnp.exp(log_size)
+        return jnp.concatenate([size * jnp.cos(phase), size * jnp.sin(phase)], axis=-1)
 
     def map_both(function, log_size, phase):
         return function(log_size), None if phase is None else function(phase)
@@ -122,7 +123,7 @@ def make_tree(
         start = jnp.concatenate([start_l, multiply(start_r, decay_l[:, :, :, :, None])], axis=4)
         end = jnp.concatenate([multiply(end_l, decay_r[:, :, :, :, None]), end_r], axis=4)
         decay = multiply(decay_l, decay_r)
-    return Tree(later, earlier, tuple(levels), start[:, :, :, 0], end[:, :, :, 0], decay[:, :, :, 0])
+    return Tree(later, earlier, tuple(levels), start[:, :, :, 0], end[:, :, :, 0], decay[:, :, :, 0], multiply)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from idattn.ops.chunk_arrays import GROUP
-from idattn.ops.chunks import decay_state, pad_to_chunks, zero_padding
+from idattn.ops.chunks import pad_to_chunks, zero_padding
 from idattn.ops.einsum import einsum_f32
-from idattn.ops.planes import complex_multiply, conjugate, flatten_planes, to_planes
 from idattn.ops.segments import PADDING, Segments
 from idattn.ops.tree import Tree, assemble, blocks, chunk_length, halves, solve, unit_inverse
 
@@ -129,14 +128,9 @@ def scan_tokens(
     return jnp.moveaxis(o, 0, 1), state
 
 
-def decay_rows(rows: jax.Array, decay: jax.Array) -> jax.Array:
-    """Flattened planes (..., 2M) times complex decays (..., 2, M), or real (..., M) times real."""
-    return rows * decay if rows.ndim == decay.ndim else flatten_planes(complex_multiply(to_planes(rows), decay))
-
-
 def rows_at_start(rows: jax.Array, tree: Tree, masks: Masks | None) -> jax.Array:
     """What tokens' rows (N, B, G, J, K, ...) read off the state at the start of their chunk."""
-    rows = decay_rows(rows, _conjugate(tree.start, tree)[:, :, :, None])
+    rows = tree.multiply(rows, tree.conjugate(tree.start)[:, :, :, None])
     return rows if masks is None else jnp.where(masks.start, rows, 0)
 
 
@@ -145,8 +139,7 @@ def weights_on_tokens(w: jax.Array, tree: Tree, masks: Masks | None, is_correcte
     c = tree.later.shape[4]
 
     def weigh(later, earlier, right, mask):
-        right = decay_rows(right, _conjugate(later, tree)[:, :, :, None])
-        earlier = flatten_planes(earlier) if tree.is_complex else earlier
+        right = tree.multiply(right, tree.conjugate(later)[:, :, :, None])
         return jnp.where(mask, einsum_f32("nbgjptm,nbgpsm->nbgjpts", right, earlier, dtype), 0)
 
     base = weigh(tree.later, tree.earlier, blocks(w, c, 4), base_mask(w.shape[3], c, is_corrected, masks))
@@ -155,10 +148,6 @@ def weights_on_tokens(w: jax.Array, tree: Tree, masks: Masks | None, is_correcte
         h = level.left.shape[4]
         levels.append(weigh(level.right, level.left, halves(w, h, 4)[1], level_mask(h, masks)))
     return assemble(base, levels)
-
-
-def _conjugate(decay: jax.Array, tree: Tree) -> jax.Array:
-    return conjugate(decay) if tree.is_complex else decay
 
 
 def base_mask(J: int, c: int, is_corrected: bool, masks: Masks | None) -> jax.Array:
@@ -190,8 +179,9 @@ class Moves(NamedTuple):
     """What chunks do to the states, chunk by chunk."""
 
     end: jax.Array  # (N, B, G, K, 2M), or (.., M) where decays are real; 1 for B where all rows are alike
-    decay: jax.Array  # (N, B, G, 2, M), or (N, B, G, M)
+    decay: jax.Array  # (N, B, G, 2M), or (N, B, G, M)
     masks: Masks | None
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of a row of the state and a decay
 
     def scanned(self) -> tuple[Any, ...]:
         return self.end, self.decay, *((None, None) if self.masks is None else (self.masks.end, self.masks.continues))
@@ -199,16 +189,15 @@ class Moves(NamedTuple):
 
 def find_moves(tree: Tree, chunks: int, masks: Masks | None) -> Moves:
     """What `chunks` chunks do to the states."""
-    end = flatten_planes(tree.end) if tree.is_complex else tree.end
-    end, decay = (jnp.broadcast_to(x, (chunks, *x.shape[1:])) for x in (end, tree.decay))
-    return Moves(end, decay, masks)
+    end, decay = (jnp.broadcast_to(x, (chunks, *x.shape[1:])) for x in (tree.end, tree.decay))
+    return Moves(end, decay, masks, tree.multiply)
 
 
-def _move(state: jax.Array, z: jax.Array, move: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
-    """The state (B, G, width, ...) after a chunk of tokens z (B, G, K, width)."""
+def _move(state: jax.Array, z: jax.Array, move: tuple[Any, ...], moves: Moves, dtype: jnp.dtype) -> jax.Array:
+    """The state (B, G, width, ...) after a chunk of tokens z (B, G, K, width), of which `move` is that of `moves`."""
     end, decay, is_in_end, continues = move
     z = z if is_in_end is None else jnp.where(is_in_end, z, 0)
-    decayed = state * decay[:, :, None] if decay.ndim == 3 else decay_state(decay, state)
+    decayed = moves.multiply(state, decay[:, :, None])
     decayed = decayed if continues is None else jnp.where(continues, decayed, 0)
     return decayed + einsum_f32("bgsw,bgsm->bgwm", z, end, dtype).astype(state.dtype)
 
@@ -218,7 +207,7 @@ def scan_states(z: jax.Array, moves: Moves, first: jax.Array) -> tuple[jax.Array
 
     def advance(state, chunk):
         z, *move = chunk
-        return _move(state, z, tuple(move), z.dtype), state
+        return _move(state, z, tuple(move), moves, z.dtype), state
 
     end, starts = jax.lax.scan(advance, first, (z, *moves.scanned()))
     return starts, end
@@ -244,7 +233,7 @@ def scan_corrections(
     def advance(state, chunk):
         (inverse, lower, gains, v, rows), *move = chunk
         u = solve(inverse, lower, gains * (v - einsum_f32("bgtm,bgem->bgte", rows, state, dtype)))
-        return _move(state, u, tuple(move), dtype), (u, state)
+        return _move(state, u, tuple(move), moves, dtype), (u, state)
 
     end, (u, starts) = jax.lax.scan(advance, first, (rule, *moves.scanned()))
     return u, starts, end
