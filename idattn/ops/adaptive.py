@@ -51,7 +51,8 @@ def adaptive_attention(
 
     Without gains, p_t = beta_t and u_t = v_t. The queries read X_t as in `idattn.ops.interdomain_attention`, which has
     the other arguments too. A correction is b_t times a projection: it moves what the key reads toward v_t and leaves
-    what is orthogonal to it, so that states stay bounded whatever the keys. The backward pass keeps only the inputs.
+    what is orthogonal to it, so that states stay bounded whatever the keys. The backward pass keeps only the inputs,
+    and on TPUs, where there is a kernel, u.
 
     The write "damped" corrects along p_t = beta_t, where the key enters, with b_t / (1 + b_t |w_t|^2 |beta_t|^2) for
     b_t. All w, also of queries, are divided by h = Re(w^T beta) of a unit key alone, which then reads its own value.

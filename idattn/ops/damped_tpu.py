@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from idattn.ops import pallas_tpu
 from idattn.ops.adaptive_chunks import Inputs, own_weights
 from idattn.ops.backend import DEFAULT_CHUNK_SIZE
-from idattn.ops.chunks import final_state, last_tokens, make_tables, pad_to_chunks
+from idattn.ops.chunks import final_state, last_tokens, make_tables, pad_to_chunks, zero_padding
 from idattn.ops.discretize import Basis, discretize
 from idattn.ops.segments import Segments
 
@@ -41,9 +41,10 @@ def attend(
         readout=tables.readout / own.reshape(-1, *[1] * (tables.readout.ndim - 1)), spread=tables.spread / own
     )
     beta_size = jnp.sum(discretize(basis)[1] ** 2, axis=(-2, -1))[None, None, :, None]
-    gains = jnp.concatenate([inputs.gains, inputs.gains * beta_size], axis=-1)
     last = last_tokens(segments, *inputs.q.shape[:2])
-    (q, k, v, gains), run = pad_to_chunks((inputs.q, inputs.k, inputs.v, gains), segments, K)
+    (q, k, v, b), run = pad_to_chunks((inputs.q, inputs.k, inputs.v, inputs.gains), segments, K)
+    (b,) = zero_padding((b,), run)  # NaN there would reach the cotangent of beta
+    gains = jnp.concatenate([b, b * beta_size], axis=-1)
     outputs: Any = _correct(interpret, q, k, v, gains, tables, initial_state, run, jnp.maximum(last, 0) // K)
     o, start, u = outputs
     return o[:, :T], final_state((k, u), start, tables, initial_state, run, last)
