@@ -67,7 +67,7 @@ def adaptive_attention(
       backend: "auto" and "chunkwise" are matrix products over chunks, "recurrent" is token by token. On TPUs "auto" is
         a kernel where the write is "damped", log_steps are None, and the kernel takes the sizes and dtypes.
       chunk_size: tokens in a chunk, of which the largest power of two up to 32 is taken; None for 32. Changes speed and
-        memory only.
+        memory only. The kernel's chunks have 128.
       segment_ids: (B, T) as in `idattn.ops.interdomain_attention`.
       initial_state: (B, G, R + E, 2M), None for zeros.
       readout: as in `idattn.ops.interdomain_attention`; "hermitian" where the write is damped, for h > 0.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from idattn.ops.discretize import Basis
 from idattn.ops.segments import Segments, find_segments
 
-SERIAL = ("auto", "chunkwise", "recurrent")
+SERIAL = ("auto", "chunkwise", "recurrent")  # backends of the ops whose states follow the data
 
 
 def check_rank(**arrays: tuple[jax.Array, str]) -> None:
@@ -33,7 +33,7 @@ def check_heads(axes: str, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
 
 
 def check_serial(backend: str, chunk_size: int | None) -> None:
-    """The options of the ops whose states follow the data: they have two backends, neither a kernel."""
+    """The options of the ops whose states follow the data."""
     if backend not in SERIAL:
         raise ValueError(f"{backend=} is none of this op's, which are {', '.join(SERIAL)}; 'auto' suits every op.")
     if chunk_size is not None and chunk_size < 1:

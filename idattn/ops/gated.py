@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.arguments import check_rank, check_segments, check_serial, check_shape
+from idattn.ops.arguments import check_heads, check_rank, check_segments, check_serial, check_shape
 from idattn.ops.segments import Segments
 from idattn.ops.tree import make_tree
 from idattn.ops.tree_chunks import (
@@ -88,11 +88,10 @@ def gated_attention(
 
 def _check(axes: str, q: jax.Array, k: jax.Array, v: jax.Array, log_decays: jax.Array, gains: jax.Array | None) -> None:
     """The shapes of tokens with the leading axes `axes`."""
-    qk = f"{axes} H R"
-    check_rank(q=(q, qk), k=(k, qk), v=(v, f"{axes} H E"), log_decays=(log_decays, qk))
+    check_heads(axes, q, k, v)
+    check_rank(log_decays=(log_decays, f"{axes} H R"))
     *lead, R = q.shape
     check_shape("k", k, q.shape, "that of q")
-    check_shape("v", v, (*lead, v.shape[-1]), "that of q, but for the last axis")
     check_shape("log_decays", log_decays, (*lead, 1 if log_decays.shape[-1] == 1 else R), "that of q, or 1 for R")
     if gains is not None:
         check_shape("gains", gains, tuple(lead), "a number for each token and head")

@@ -120,7 +120,8 @@ def backward(
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_, k_, v_)] + [d_tables, d_decays, state]
     out_specs = [*inputs, specs.table(d_tables), specs.table(d_decays), specs.state()]
     if gains is not None:
-        arrays += [_by_lanes(block, q, k, v)[2], packed := _pack_gains(block, gains), _by_lanes(block, q, k, *d_u)[2]]
+        values, d_u = (x.reshape(v_.shape).astype(q.dtype) for x in (v, *d_u))
+        arrays += [values, packed := _pack_gains(block, gains), d_u]
         in_specs += [specs.key(E), specs.gains(), specs.key(E)]
         shapes.append(jax.ShapeDtypeStruct(packed.shape, jnp.float32))
         out_specs.append(specs.gains())

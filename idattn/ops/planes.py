@@ -32,12 +32,6 @@ def multiply_flattened(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.concatenate([a * c - b * d, a * d + b * c], axis=-1)
 
 
-def conjugate_flattened(x: jax.Array) -> jax.Array:
-    """The complex conjugate of flattened planes (..., 2M)."""
-    re, im = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([re, -im], axis=-1)
-
-
 def conjugate(x: jax.Array) -> jax.Array:
     """The complex conjugate of planes (..., 2, M)."""
     return x * jnp.asarray([1, -1], x.dtype).reshape(*[1] * (x.ndim - 2), 2, 1)
@@ -45,7 +39,8 @@ def conjugate(x: jax.Array) -> jax.Array:
 
 def real_part_row(x: jax.Array) -> jax.Array:
     """The row y of flattened planes (..., 2M) whose real product with flattened z is Re(sum_m x_m z_m): conj(x)."""
-    return flatten_planes(conjugate(to_planes(x)))
+    re, im = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([re, -im], axis=-1)
 
 
 def complex_matrix(re: jax.Array, im: jax.Array) -> jax.Array:

@@ -211,27 +211,27 @@ class _Correction(NamedTuple):
     b: jax.Array  # (K, 1)
     damping: jax.Array  # (K, 1) b |beta|^2
     size: jax.Array  # (K, 1) |w|^2
-    below: jax.Array  # (K, 1) 1 + damping size
     P: jax.Array  # (K, K) what a key reads of earlier tokens, in the dtype of products
-    inverse: jax.Array  # (K, K) of I + gain P, likewise
+
+    @property
+    def below(self) -> jax.Array:
+        return 1 + self.damping * self.size
 
     @property
     def gain(self) -> jax.Array:
         return self.b / self.below
 
 
-def _corrections(block: Block, read: dict, gains_ref, masks: _Masks) -> list[_Correction]:
-    """Of every key-value head. The gains are (K, 2 heads), all b before all dampings."""
-    numbers, found = _where(masks.tokens, gains_ref[0, 0]), []
+def _corrections(block: Block, read: dict, gains_ref) -> tuple[list[_Correction], list]:
+    """Of every key-value head, and (I + gain P)^-1. The gains are (K, 2 heads), all b before all dampings."""
+    numbers, found = gains_ref[0, 0], []
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (block.K, block.K), axis) for axis in (0, 1))
     for h in range(block.heads):
         r = read[h, block.J]
         b, damping = (numbers[:, i : i + 1] for i in (h, block.heads + h))
         size = jnp.sum(r.w * r.w, axis=1, keepdims=True)
-        P = _where(row > column, r.weights)
-        found.append(_Correction(b, damping, size, 1 + damping * size, P, P))
-    inverses = _unit_inverses([(x.gain * x.P).astype(x.P.dtype) for x in found])
-    return [x._replace(inverse=inverse) for x, inverse in zip(found, inverses, strict=True)]
+        found.append(_Correction(b, damping, size, _where(row > column, r.weights)))
+    return found, _unit_inverses([(x.gain * x.P).astype(x.P.dtype) for x in found])
 
 
 def _unit_inverses(lower: list) -> list:
@@ -256,14 +256,14 @@ def _unanswered(block: Block, read: dict, v, X_v, h: int):
     return v[:, window].astype(jnp.float32) - _dot(read[h, block.J].decayed_w, X_v[window], (1, 1))
 
 
-def _correct(block: Block, read: dict, v, X_v, gains_ref, masks: _Masks):
+def _correct(block: Block, read: dict, v, X_v, gains_ref):
     """The corrections u (K, heads * E) that are written for v: (I + gain P) u = gain (v - what the start answers)."""
-    found = _corrections(block, read, gains_ref, masks)
+    found, inverses = _corrections(block, read, gains_ref)
     right = [(x.gain * _unanswered(block, read, v, X_v, h)).astype(v.dtype) for h, x in enumerate(found)]
-    return _assemble([_dot(x.inverse, y) for x, y in zip(found, right, strict=True)], block.E).astype(v.dtype)
+    return _assemble([_dot(x, y) for x, y in zip(inverses, right, strict=True)], block.E).astype(v.dtype)
 
 
-def _correct_backward(block: Block, read: dict, v, u, d_u_T: list, X_v, gains_ref, masks: _Masks):
+def _correct_backward(block: Block, read: dict, v, u, d_u_T: list, X_v, gains_ref):
     """What the corrections u of a chunk pass back.
 
     Args:
@@ -273,8 +273,8 @@ def _correct_backward(block: Block, read: dict, v, u, d_u_T: list, X_v, gains_re
       The cotangents of v (K, heads * E), which is the negative of what stands for d_o where keys read; of each head's
       |w|^2 (K, 1); and of the gains (K, 2 heads).
     """
-    K, E, found = block.K, block.E, _corrections(block, read, gains_ref, masks)
-    r = jnp.concatenate([_dot(y.astype(v.dtype), x.inverse) for x, y in zip(found, d_u_T, strict=True)]).T
+    K, E, (found, inverses) = block.K, block.E, _corrections(block, read, gains_ref)
+    r = jnp.concatenate([_dot(y.astype(v.dtype), x) for x, y in zip(inverses, d_u_T, strict=True)]).T
     gains, errors = [], []
     for h, x in enumerate(found):
         error = _unanswered(block, read, v, X_v, h)
@@ -338,7 +338,7 @@ def forward_kernel(last_ref, *refs, block: Block):
     rows = [*(q[j] for j in range(block.J)), k]  # the last of which reads only where it corrects
     read = _read(block, rows, _flip(block, k), rounded, tables, decays_ref, masks)
     if block.corrects:
-        v = _correct(block, read, v, X_v, gains_ref[0], masks)
+        v = _correct(block, read, v, X_v, gains_ref[0])
         u_ref[0][0] = v
     o = {}
     for h in range(block.heads):
@@ -410,9 +410,7 @@ def backward_kernel(last_ref, *refs, block: Block):
                 d_u += _dot(d_o_T[j][inputs_rows], read[h, j].weights)
             d_u_T.append(d_u)
         values = _where(masks.tokens, values_ref[0])
-        d_values, d_sizes, d_gains_ref[0][0, 0] = _correct_backward(
-            block, read, values, v, d_u_T, X_v, gains_ref, masks
-        )
+        d_values, d_sizes, d_gains_ref[0][0, 0] = _correct_backward(block, read, values, v, d_u_T, X_v, gains_ref)
         d_v_ref[0] = d_values.astype(dtype)
         d_o.append((-d_values).astype(dtype))
         d_o_T.append(d_o[-1].T)
@@ -447,14 +445,13 @@ def backward_kernel(last_ref, *refs, block: Block):
         d_decays_ref[h, :K] += d_same[h, j] + read[h, j].response * d_decayed_response[h, j]
         d_decays_ref[h, K : 2 * K] += read[h, j].response * swapped - d_other[h, j]
     # S = q k^T and response = q X_k^T
-    d_q_T = []
+    d_q_T = {}
     for j in range(block.reads):
-        d_q_T = []
         for h in range(heads):
             rows = block.rows(h, R)
-            d_q_T.append(_dot(k_T[rows], d_scores[h, j], (1, 1)) + _dot(X_k[rows], d_response[h, j], (1, 1)))
+            d_q_T[h, j] = _dot(k_T[rows], d_scores[h, j], (1, 1)) + _dot(X_k[rows], d_response[h, j], (1, 1))
         if j < J:
-            d_q_ref[0, j] = jnp.concatenate(d_q_T).astype(dtype).T
+            d_q_ref[0, j] = jnp.concatenate([d_q_T[h, j] for h in range(heads)]).astype(dtype).T
     # X^K = lambda^K X^0 + z^T lags
     weights, decayed_w = {i: r.weights for i, r in read.items()}, {i: r.decayed_w for i, r in read.items()}
     d_k = d_k_ref, k_T, q_T, d_scores, d_response, R, 0
@@ -471,7 +468,7 @@ def backward_kernel(last_ref, *refs, block: Block):
                 d_z += _dot(from_T[j][inputs_rows], to_z[h, j])
                 d_start += _dot(from_T[j][inputs_rows], to_start[h, j])
             if block.corrects and part == 0:  # what keys read, as the last of the queries
-                d_z += d_q_T[h]
+                d_z += d_q_T[h, J]
             d_z_T.append(d_z.astype(dtype))
             d_state[rows] = d_start
             continued = _where(masks.continues, X[rows].astype(jnp.float32))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from idattn.ops.planes import conjugate_flattened, multiply_flattened
+from idattn.ops.planes import multiply_flattened, real_part_row
 
 BLOCK = 8
 _LIMIT = {"float32": 16.0, "float64": 40.0}  # exp(-limit) is below the rounding, exp(4 limit) far below the largest
@@ -41,7 +41,7 @@ class Tree(NamedTuple):
     multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of two decays, or of a row and a decay
 
     def conjugate(self, decay: jax.Array) -> jax.Array:
-        return decay if self.multiply is jnp.multiply else conjugate_flattened(decay)
+        return decay if self.multiply is jnp.multiply else real_part_row(decay)
 
 
 def chunk_length(size: int, T: int) -> int:
