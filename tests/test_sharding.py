@@ -25,7 +25,7 @@ from idattn.config import (
     from_config_dict,
 )
 from idattn.nn import InterdomainAttention, LanguageModel
-from idattn.sharding import check_divides, local_rows, make_mesh, place, spec
+from idattn.sharding import check_divides, local_rows, make_mesh, on_shards, place, spec
 from idattn.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -415,6 +415,15 @@ def test_what_is_not_split_over_tokens(mixer):
     mesh = make_mesh(MeshConfig(data=1, sequence=8))
     with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match=r"mesh\.sequence=1"):
         jax.eval_shape(resume, jnp.zeros((B, T), jnp.int32))
+
+
+def test_without_a_mesh_nothing_is_wrapped():
+    def function(x):
+        return x
+
+    assert on_shards(function, None, None) is function
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert on_shards(function, None, None) is function
 
 
 def test_one_process_reads_all_rows():

@@ -33,8 +33,8 @@ def test_names():
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for topology, extra in (("h100:8", "compile-gpu"), ("v5e:2x2", "compile")):
-        with pytest.raises(SystemExit, match=rf"pip install 'idattn\[{extra}\]'"):
+    for topology, named, extra in (("h100:8", "", "compile-gpu"), ("v5e:2x2", "libtpu", "compile")):
+        with pytest.raises(SystemExit, match=rf"{named}.*pip install 'idattn\[{extra}\]'"):
             load_compiler(topology)
 
 
