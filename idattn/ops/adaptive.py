@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from idattn.choices import READOUTS, check_choice
-from idattn.ops import adaptive_chunks, damped_tpu
+from idattn.ops import adaptive_chunks, damped_tpu, pallas_tpu
 from idattn.ops.adaptive_chunks import FLOOR, Inputs
-from idattn.ops.api import interdomain_attention
+from idattn.ops.api import by_platform, interdomain_attention
 from idattn.ops.arguments import (
     cast,
     check_basis,
@@ -97,9 +97,10 @@ def adaptive_attention(
     if gains is None:
         return _with_clock(readout, chunk_size, backend, inputs, basis, state, segments)
     attend = partial(adaptive_chunks.attend, readout=readout, write=write, chunk_size=chunk_size)
-    if backend == "auto" and write == "damped" and log_steps is None and damped_tpu.requirement(inputs, basis) is None:
+    if backend == "auto" and write == "damped" and log_steps is None:
         kernel = partial(damped_tpu.attend, readout=readout)
-        return jax.lax.platform_dependent(inputs, basis, state, segments, tpu=kernel, default=attend)
+        offer = pallas_tpu.BACKEND, (kernel,), damped_tpu.requirement(inputs, basis)
+        (attend,) = by_platform("adaptive_attention", [offer], "array operations", (attend,))
     return attend(inputs, basis, state, segments)
 
 

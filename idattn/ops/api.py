@@ -39,6 +39,7 @@ BACKENDS = {
     )
 }
 AUTO = "auto"
+Functions = tuple[Callable[..., Any], ...]
 
 
 @overload
@@ -137,7 +138,7 @@ def interdomain_attention(
                 for x in BACKENDS.values()
                 if x.platforms and x.rule is not None
             ]
-            rule = _by_platform("interdomain_attention", offers, chosen.name, rule)
+            rule = by_platform("interdomain_attention", offers, chosen.name, rule)
         o, state = chunks.interdomain(*inputs, state, segments, readout=readout, chunk_size=size, rule=rule)
     return (o, state) if return_state else o
 
@@ -328,7 +329,7 @@ def prepare_heads(
             for x in BACKENDS.values()
             if x.prepare is not None
         ]
-        rule = _by_platform("prepare_heads", offers, "array operations", rule)
+        rule = by_platform("prepare_heads", offers, "array operations", rule)
     elif chosen.prepare is not None and not chosen.prepare.requirement(inputs, preparation):
         rule = bind(chosen.prepare)
     return prepare.prepare(inputs, *rule)
@@ -342,15 +343,17 @@ def _find_backend(backend: str | Backend) -> Backend:
     return chunkwise.BACKEND if backend == AUTO else BACKENDS[backend]
 
 
-def _by_platform(op: str, offers: Sequence[tuple[Backend, Rule, str | None]], default: str, rule: Rule) -> Rule:
-    """`rule`, but on the platforms that a backend prefers that backend's, where it can do it.
+def by_platform(
+    op: str, offers: Sequence[tuple[Backend, Functions, str | None]], default: str, functions: Functions
+) -> Any:
+    """`functions`, but on the platforms that a backend prefers that backend's, where it can do it.
 
     Args:
       op: for the log.
-      offers: backends that prefer a platform, the rule of each, and what it would need, or None if it can do it.
-      default: what `rule` is, for the log.
+      offers: backends that prefer a platform, the functions of each, and what it would need, or None if it has it.
+      default: what `functions` are, for the log.
     """
-    rules: dict[str, Rule] = {}
+    rules: dict[str, Functions] = {}
     chosen, refused = [], []
     for backend, offered, requirement in offers:
         for platform in backend.platforms:
@@ -362,10 +365,10 @@ def _by_platform(op: str, offers: Sequence[tuple[Backend, Rule, str | None]], de
     _log_once(f"{op}: backend='auto' takes " + "; ".join([*chosen, f"{default} else", *refused]))
 
     def choose(i: int) -> Callable[..., Any]:
-        functions = {platform: offered[i] for platform, offered in rules.items()}
-        return lambda *arguments: jax.lax.platform_dependent(*arguments, **functions, default=rule[i])
+        by_name = {platform: offered[i] for platform, offered in rules.items()}
+        return lambda *arguments: jax.lax.platform_dependent(*arguments, **by_name, default=functions[i])
 
-    return (choose(0), choose(1)) if rules else rule
+    return tuple(choose(i) for i in range(len(functions))) if rules else functions
 
 
 @functools.cache

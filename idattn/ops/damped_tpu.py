@@ -42,7 +42,8 @@ def attend(
     )
     beta_size = jnp.sum(discretize(basis)[1] ** 2, axis=(-2, -1))[None, None, :, None]
     last = last_tokens(segments, *inputs.q.shape[:2])
-    (q, k, v, b), run = pad_to_chunks((inputs.q, inputs.k, inputs.v, inputs.gains), segments, K)
+    k, v = inputs.k.astype(inputs.q.dtype), inputs.v.astype(inputs.q.dtype)
+    (q, k, v, b), run = pad_to_chunks((inputs.q, k, v, inputs.gains), segments, K)
     (b,) = zero_padding((b,), run)  # which the kernels rely on; and NaN would reach the cotangent of beta
     gains = jnp.concatenate([b, b * beta_size], axis=-1)
     outputs: Any = _correct(interpret, q, k, v, gains, tables, initial_state, run, jnp.maximum(last, 0) // K)

@@ -102,7 +102,8 @@ def backward(
     q_, k_, v_ = _by_lanes(block, q, k, v if u is None else u)
 
     # A chunk has little work here, so a program takes several. The last one may compute chunks past the end in vain.
-    specs = _Specs(block, G // block.heads, -(-chunks // MERGED), merged=min(MERGED, chunks))
+    merged = min(MERGED, chunks) if isinstance(chunks, int) else 1
+    specs = _Specs(block, G // block.heads, -(-chunks // merged), merged=merged)
     arrays = [k_, v_, *_pack_tables(block, tables, q.dtype, ("lags",))]
     in_specs = [specs.key(R), specs.key(E), *map(specs.table, arrays[2:])]
     starts = jax.ShapeDtypeStruct((B, chunks, *state.shape[1:]), q.dtype)

@@ -25,9 +25,10 @@ def find_segments(segment_ids: jax.Array) -> Segments:
     segment_ids = jnp.asarray(segment_ids)
     is_signed = jnp.issubdtype(segment_ids.dtype, jnp.signedinteger)
     is_token = segment_ids != PADDING if is_signed else jnp.ones(segment_ids.shape, bool)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    # As long as the row, since jax.export does not know that a sum over T - 1 tokens has any.
+    changes = (segment_ids != jnp.roll(segment_ids, 1, axis=1)) & (index > 0)
+    run = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
     return Segments(jnp.where(is_token, run, PADDING), jnp.max(jnp.where(is_token, index, -1), axis=1))
 
 

@@ -94,16 +94,21 @@ def test_float64(core, readout):
         helpers.assert_close(actual[name], expected[name], "float32", reduction=lengths, gradient=True, name=name)
 
 
-def test_the_tpu_kernels():
-    """Interpreted, in float32: damped corrections of three chunks, with documents and a state."""
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_the_tpu_kernels(dtype):
+    """Interpreted: damped corrections of three chunks with a state, in float32 also with documents."""
     rng, B, T = np.random.default_rng(5), 2, 300
     case = make_case(rng, "delta", B, T, R=16, E=16, fast_phase=np.pi)
     case = {name: x.astype(np.float32) for name, x in case.items()}
     rows = helpers.segment_rows(T, 128)
     ids = np.stack([rows["padding over a chunk border"], rows["ids that come back"]]).astype(np.int32)
-    case = {name: jnp.asarray(x) for name, x in with_nan_padding(case, ids).items()}
+    if dtype == "bfloat16":
+        ids, rounded = None, ("q", "k", "v")
+        case = {name: jnp.asarray(x, dtype if name in rounded else None) for name, x in case.items()}
+    else:
+        case = {name: jnp.asarray(x) for name, x in with_nan_padding(case, ids).items()}
     outputs = jax.eval_shape(op("chunkwise", None, "hermitian", "damped"), case, ids)
-    g = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), outputs)
+    g = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), outputs)
     with jax.enable_x64(True):
         wide = {name: x.astype(np.float64) for name, x in case.items()}
         expected, cotangents = with_cotangents(op("recurrent", None, "hermitian", "damped"))(wide, ids, g)
@@ -112,8 +117,9 @@ def test_the_tpu_kernels():
         basis = Basis(case["log_delta"], case["a_log"], case["a_imag"], (case["c_re"], case["c_im"]))
         inputs = Inputs(case["q"], case["k"], case["v"], None, case["gains"][..., None])
         return damped_tpu.attend(
-            inputs, basis, case["initial_state"], find_segments(ids), readout="hermitian", interpret=True
-        )
+            inputs, basis, case["initial_state"], None if ids is None else find_segments(ids), readout="hermitian",
+            interpret=True,
+        )  # fmt: skip
 
     # Two programs: XLA crashes while it compiles one.
     forward = jax.jit(lambda case, ids: jax.vjp(lambda case: kernels(case, ids), case), compiler_options=QUICK)
@@ -121,9 +127,9 @@ def test_the_tpu_kernels():
     (back,) = jax.jit(lambda pullback, g: pullback(g), compiler_options=QUICK)(pullback, g)
     lengths = T * 16 * SIZES["M"]  # as in `test_float64`
     for name, x, y in zip(("outputs", "state"), actual, expected, strict=True):
-        helpers.assert_close(x, y, "float32", reduction=lengths, name=name)
+        helpers.assert_close(x, y, dtype, reduction=lengths, name=name)
     for name in case:
-        helpers.assert_close(back[name], cotangents[name], "float32", reduction=lengths, gradient=True, name=name)
+        helpers.assert_close(back[name], cotangents[name], dtype, reduction=lengths, gradient=True, name=name)
 
 
 def test_a_clock_that_stands_at_zero_is_the_paper_bit_for_bit():

@@ -128,6 +128,15 @@ def test_auto_takes_the_kernels_for_damped_corrections_without_a_clock():
     assert counts == {"fixed": 3, "clock": 0}
 
 
+@pytest.mark.parametrize("function", [functools.partial(op, backend="auto"), damped], ids=["paper", "damped"])
+def test_length_may_be_symbolic(function):
+    """Derivatives included."""
+    (T,) = jax.export.symbolic_shape("t")
+    inputs = damped_inputs(SHAPES["cpu"], 1, T, jnp.bfloat16)
+    inputs = inputs if function is damped else inputs[:-2]
+    assert jax.export.export(jax.jit(function))(*inputs).out_avals[0].shape[1] == T
+
+
 def test_auto_is_chunkwise_elsewhere():
     inputs = random_inputs(OpShape(2, 2, 16, 16, 4), 1, 140, jnp.float32)
     outputs = [jax.jit(functools.partial(op, backend=backend))(*inputs, None) for backend in ("auto", "chunkwise")]
