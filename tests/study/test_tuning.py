@@ -19,13 +19,17 @@ def test_trials():
         config = from_config_dict(study_cpu_tuning.get_config(str(cell)))
         mixer, trial = study_cpu_tuning.TRIALS[cell.condition]
         mixers[mixer] += 1
-        assert config.model.mixers == (mixer,)
         assert config.train.steps == base.train.steps // 2
         assert config.seed not in {cell.seed for cell in study_cpu.STUDY.cells}
-        ssm = config.model.ssm
-        assert trial == (config.optim.peak_lr, ssm.c_init_scale, ssm.delta_min)
+        assert config.optim.peak_lr == trial.peak_lr
+        (name,), ssm = config.model.mixers, config.model.ssm
+        if mixer == "damped":
+            assert (name, ssm.write) == ("interdomain", "damped")
+            assert trial.is_uniform == (ssm.a_init == "uniform" and ssm.c_init == "eye")
+            continue
+        assert (name, *trial[1:3]) == (mixer, ssm.c_init_scale, ssm.delta_min)
         assert dataclasses.replace(ssm, c_init_scale=1 / 16, delta_min=1e-3) == base.model.ssm
-    assert mixers == dict.fromkeys([*CELLS, "softmax_conv", "linear"], 5)
+    assert mixers == dict.fromkeys([*CELLS, "softmax_conv", "linear", "damped", "gla", "gated_deltanet"], 5)
 
 
 def test_what_is_stored_can_be_gone_on_with():
