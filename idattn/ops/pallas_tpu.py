@@ -53,16 +53,7 @@ def forward(q, k, v, tables: Tables, initial_state, run, last_chunk, *, gains=No
 
     With gains (B, T, G, 2), b and b |beta|^2 of the write "damped", also the corrections u (B, T, G, E), in q's dtype.
     """
-    block = _choose_block(
-        q,
-        k,
-        v,
-        tables.decays.shape[-1],
-        tables.lags.shape[1],
-        has_segments=run is not None,
-        has_state=initial_state is not None,
-        corrects=gains is not None,
-    )
+    block = _block_for(q, k, v, tables, initial_state, run, gains)
     specs = _Specs(block, k.shape[2] // block.heads, q.shape[1] // block.K)
     arrays = [*_by_lanes(block, q, k, v), *_pack_tables(block, tables, q.dtype, FORWARD_TABLES)]
     in_specs = [specs.query(block.R), specs.key(block.R), specs.key(block.E), *map(specs.table, arrays[3:])]
@@ -86,16 +77,7 @@ def backward(
     With gains, u is what `forward` returned, and the last cotangent that is returned is that of the gains.
     """
     d_o, d_last, *d_u = cotangents
-    block = _choose_block(
-        q,
-        k,
-        v,
-        tables.decays.shape[-1],
-        tables.lags.shape[1],
-        has_segments=run is not None,
-        has_state=initial_state is not None,
-        corrects=gains is not None,
-    )
+    block = _block_for(q, k, v, tables, initial_state, run, gains)
     K, R, E, M2 = block.K, block.R, block.E, block.M2
     chunks, (B, G) = q.shape[1] // K, k.shape[::2]
     state = jax.ShapeDtypeStruct(_state_shape(block, k), jnp.float32)
@@ -200,6 +182,11 @@ def _call(kernel, specs: _Specs, run, initial_state, last_chunk, arrays, in_spec
         interpret=interpret,
         name="interdomain_" + kernel.__name__.removesuffix("_kernel"),
     )(last_chunk.astype(jnp.int32) + (0 if interpret else requires("tpu", "pallas_tpu")), *arrays)
+
+
+def _block_for(q, k, v, tables: Tables, initial_state, run, gains) -> Block:
+    options = dict(has_segments=run is not None, has_state=initial_state is not None, corrects=gains is not None)
+    return _choose_block(q, k, v, tables.decays.shape[-1], tables.lags.shape[1], **options)
 
 
 def _choose_block(
