@@ -50,7 +50,8 @@ def test_every_condition_has_the_same_state_and_as_many_trials():
             assert state_size(config.model, mixer, config.data.seq_len) == 4 * modes * 64
         assert cell.scale in ("tune", f"M={modes}")
     rest = [cell for cell in configs if cell.scale != "tune"]
-    assert len(rest) == len(study_recall.SIZES) * len(study_recall.CONDITIONS) * len(study_recall.SEEDS)
+    conditions = len(study_recall.CONDITIONS) + len(study_recall.AGAIN)
+    assert len(rest) == len(study_recall.SIZES) * conditions * len(study_recall.SEEDS)
 
 
 def test_the_best_trials_are_taken():
@@ -59,7 +60,9 @@ def test_the_best_trials_are_taken():
     for name in study_recall.CONDITIONS:
         trials = {x: trial for x, (condition, trial) in study_recall.TRIALS.items() if condition == name}
         losses = {x: best_loss(read_json(CELLS / f"tune,{x},0.json", "")) for x in trials}
-        best[name] = trials[min(losses, key=losses.__getitem__)]
+        first, second, *_ = sorted(trials, key=losses.__getitem__)
+        best[name] = trials[first]
+        assert second in study_recall.AGAIN or name not in ("gated_deltanet", "mamba2")
     assert best == {name: study_recall.TUNED.get(name, study_recall.RATES[0]) for name in study_recall.CONDITIONS}
 
 
