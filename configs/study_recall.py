@@ -5,9 +5,9 @@ idattn study --config=study_recall --workdir=results/study_recall --jobs=2
 Two layers of width 64 with one head, as in configs/study_mqar.py, evaluated also in rows of 128 tokens. All mixers but
 softmax have a state of 4 M 64 numbers a layer. First come the cells `tune`, at M = 16 with seed 0, which no other cell
 has: five trials for each condition, four learning rates, and one of them with another scale of C where there is a C,
-else a fifth rate. The lowest validation loss has decided; TUNED holds for the other cells. At the rates
-that it chose for damped corrections, Gated DeltaNet and Mamba-2, other seeds fail at some size, so that all three are
-also trained at the rate that came second, AGAIN.
+else a fifth rate. The lowest validation loss has decided; TUNED holds for the other cells. At the rates that it chose
+for damped corrections, Gated DeltaNet and Mamba-2, other seeds fail at some size, so that all three are also trained at
+the rate that came second, AGAIN.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ TRIALS = {  # the first of every condition, then the second
     for number, trials in enumerate(zip(*OF_CONDITIONS, strict=True))
     for name, trial in zip(CONDITIONS, trials, strict=True)
 }
-AGAIN = ("damped+0", "gated_deltanet+0", "mamba2+0")
+AGAIN = {f"{name} at 5e-3": f"{name}+0" for name in ("damped", "gated_deltanet", "mamba2")}
 SIZES = {f"M={modes}": modes for modes in MODES}
 STUDY = Study(
     cells=grid(["tune"], TRIALS, [0]) + grid(SIZES, (*CONDITIONS, *AGAIN), SEEDS),
@@ -74,7 +74,8 @@ STUDY = Study(
 def get_config(argument: str = "M=16,damped,1"):
     """The config of one cell."""
     cell = STUDY.cell(argument)
-    name, trial = TRIALS.get(cell.condition) or (cell.condition, TUNED.get(cell.condition, RATES[0]))
+    chosen = cell.condition, TUNED.get(cell.condition, RATES[0])
+    name, trial = TRIALS.get(AGAIN.get(cell.condition, cell.condition), chosen)
     mixer, options = CONDITIONS[name]
     ssm = SSMConfig(num_modes=SIZES.get(cell.scale, TUNING), c_init_scale=trial.c_init_scale)
     return to_config_dict(
