@@ -11,7 +11,7 @@ from idattn.config_files import config_names, load_config, load_module
 def test_names_and_paths(tmp_path, monkeypatch):
     assert config_names() == [
         "paper", "quickstart", "study_choices", "study_cpu", "study_cpu_tuning", "study_mqar",
-        "study_paper", "study_recall", "study_small",
+        "study_paper", "study_recall", "study_recall_long", "study_small",
     ]  # fmt: skip
     assert load_config("paper:760M,s4d") == load_config("configs/paper.py:760M,s4d") != load_config("paper")
     (tmp_path / "mine.py").write_text("def get_config(number='1'):\n    return {'seed': int(number)}\n")

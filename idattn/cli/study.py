@@ -61,4 +61,5 @@ def main(_):
             print("stopped; the same command resumes.")
             return
     records = read_records(workdir / "cells", runner.configs)
-    print(write_report(workdir, runner.configs, records, is_text=runner.study.is_text))
+    study = runner.study
+    print(write_report(workdir, runner.configs, records, is_text=study.is_text, comparisons=study.comparisons))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from idattn.choices import check_choice
 from idattn.config import Config, from_config_dict, to_config_dict
+from idattn.costs import state_size
 from idattn.files import read_json
 
 REMEDY = "Remove it to have the cell done again."
@@ -38,6 +39,7 @@ class Study:
     evaluate: tuple[str, ...]  # flags of `idattn evaluate`
     prepare: tuple[str, ...] = ()  # flags of `idattn prepare-data`, where text is to be prepared
     is_text: bool = True  # whether validation losses may stand next to the paper's
+    comparisons: tuple[tuple[str, str], ...] = ()  # pairs to test besides those of table 4, the better one first
 
     def cell(self, text: str) -> Cell:
         """The cell that SCALE,CONDITION,SEED names.
@@ -151,3 +153,9 @@ def by_condition(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
     for cell in cells:
         groups.setdefault((cell.scale, cell.condition), []).append(cell)
     return groups
+
+
+def state_of_layer(config: Config) -> int:
+    """Numbers in the state of a layer after a row of the training length, on average over the layers."""
+    mixers = config.model.mixers
+    return sum(state_size(config.model, mixer, config.data.seq_len) for mixer in mixers) // len(mixers)

@@ -15,11 +15,11 @@ import numpy as np
 from scipy import stats
 
 from idattn.config import Config
-from idattn.costs import count_parameters, state_size
+from idattn.costs import count_parameters
 from idattn.evals.paper import RESULTS, setting_note
 from idattn.files import write_atomic
 from idattn.study.figures import draw
-from idattn.study.grid import Cell, best_loss, by_condition
+from idattn.study.grid import Cell, best_loss, by_condition, state_of_layer
 
 # What some orderings of the paper's table 4 say: the condition that does better there, and the other.
 MEANINGS = {
@@ -52,7 +52,12 @@ class Spread(NamedTuple):
 
 
 def write_report(
-    workdir: Path, configs: Mapping[Cell, Config], records: Mapping[Cell, Mapping[str, Any]], *, is_text: bool = True
+    workdir: Path,
+    configs: Mapping[Cell, Config],
+    records: Mapping[Cell, Mapping[str, Any]],
+    *,
+    is_text: bool = True,
+    comparisons: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Writes `report.md`, `report.json` and figures to `workdir`, and returns the text.
 
@@ -61,6 +66,7 @@ def write_report(
       configs: all cells of the study with their configs.
       records: those that are done or failed, as of `read_records`; failed ones are listed and count nowhere else.
       is_text: whether validation losses may stand next to the paper's.
+      comparisons: of `Study`.
     """
     done = {cell: record for cell, record in records.items() if "error" not in record}
     failed = {str(cell): record["error"] for cell, record in records.items() if cell not in done}
@@ -75,7 +81,7 @@ def write_report(
         "dates": sorted({record["date"] for record in done.values()}),
         "reference": reference,
         "validation": _validation(configs, done, reference, is_text),
-        "orderings": _orderings(done) if is_text else [],
+        "orderings": _orderings(done, comparisons) if is_text else [],
         "measured": _measured(configs, done),
     }
     write_atomic(workdir / "report.json", json.dumps(results, indent=1) + "\n")
@@ -101,8 +107,7 @@ def _validation(
                 "scale": scale,
                 "condition": condition,
                 "parameters": count_parameters(config.model)["total"],
-                "state": sum(state_size(config.model, mixer, config.data.seq_len) for mixer in config.model.mixers)
-                // len(config.model.mixers),
+                "state": state_of_layer(config),
                 "losses": losses,
                 "loss": Spread.of(losses.values()),
                 "perplexity": Spread.of(math.exp(loss) for loss in losses.values()),
@@ -126,16 +131,17 @@ def _paper_perplexity(config: Config) -> str:
     return f"{setting_note(scale, config, steps)}{values[mixer]:.2f} ({change:+.1f} %)"
 
 
-def _orderings(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair of conditions of the paper's table 4, in its order, at each scale: differences in nats, seed by seed.
+def _orderings(done: Mapping[Cell, Mapping[str, Any]], comparisons: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Every pair of conditions of the paper's table 4, in its order, then `comparisons`: differences in nats, by seed.
 
-    They are negative where they have the sign of the paper's.
+    They are negative where the first condition is better.
     """
     _, paper = RESULTS["perplexity", "perplexity"]
+    table_4 = [*itertools.combinations(sorted(paper, key=lambda name: paper[name]), 2)]
     rows = []
     for scale in dict.fromkeys(cell.scale for cell in done):
         pairs = []
-        for better, worse in itertools.combinations(sorted(paper, key=lambda name: paper[name]), 2):
+        for better, worse in (*table_4, *comparisons):
             differences = {
                 cell.seed: best_loss(record) - best_loss(done[other])
                 for cell, record in done.items()
@@ -149,12 +155,13 @@ def _orderings(done: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
                         "meaning": MEANINGS.get((better, worse), ""),
                         "differences": differences,
                         "difference": Spread.of(differences.values()),
-                        "paper": math.log(paper[better] / paper[worse]),
+                        "paper": math.log(paper[better] / paper[worse]) if (better, worse) in table_4 else None,
                         "p": p_value(list(differences.values())),
                     }
                 )
         for row, p in zip(pairs, holm([row["p"] for row in pairs]), strict=True):
-            rows.append(row | {"corrected p": p, "verdict": verdict(row["differences"].values(), p)})
+            as_said = "as said" if row["paper"] is None else "as the paper"
+            rows.append(row | {"corrected p": p, "verdict": verdict(row["differences"].values(), p, as_said)})
     return rows
 
 
@@ -177,14 +184,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def verdict(differences: Iterable[float], corrected_p: float) -> str:
-    """What differences, which are negative where they have the paper's sign, say of its ordering."""
+def verdict(differences: Iterable[float], corrected_p: float, as_said: str = "as the paper") -> str:
+    """What differences, which are negative where they agree with an ordering, say of it."""
     differences = list(differences)
     if len(differences) < _MIN_SEEDS:
         return f"{len(differences)} of {_MIN_SEEDS} seeds"
     if corrected_p >= LEVEL:
         return "undecided"
-    return "as the paper" if np.mean(differences) < 0 else "reversed"
+    return as_said if np.mean(differences) < 0 else "reversed"
 
 
 def _measured(
@@ -246,17 +253,18 @@ def _text(name: str, results: Mapping[str, Any], figures: Mapping[str, str]) -> 
     ]  # fmt: skip
     if results["orderings"]:
         parts += [
-            "## The orderings of the paper's table 4",
-            "Differences in nats per token, seed by seed; negative is what the paper says. p is of a paired t-test, "
-            f"corrected (Holm) over all orderings of a scale: the chance that any verdict is wrong is {LEVEL}.",
+            "## Orderings",
+            "All of the paper's table 4, and those that the study adds. Differences in nats per token, seed by seed; "
+            "negative is what an ordering says. p is of a paired t-test, corrected (Holm) over all orderings of a "
+            f"scale: the chance that any verdict is wrong is {LEVEL}.",
             _table(
                 ("scale", "ordering", "difference", "paper, 125M", "p", "corrected", "here"),
                 results["orderings"],
                 lambda row: (
                     row["scale"],
                     "`{}` < `{}`".format(*row["conditions"]) + (f": {row['meaning']}" if row["meaning"] else ""),
-                    row["difference"].show(4, "+"), f"{row['paper']:+.4f}", f"{row['p']:.2g}",
-                    f"{row['corrected p']:.2g}", f"**{row['verdict']}**",
+                    row["difference"].show(4, "+"), "" if row["paper"] is None else f"{row['paper']:+.4f}",
+                    f"{row['p']:.2g}", f"{row['corrected p']:.2g}", f"**{row['verdict']}**",
                 ),
             ),
         ]  # fmt: skip

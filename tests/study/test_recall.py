@@ -1,5 +1,6 @@
 """configs/study_recall.py: states of equal size, equal numbers of trials, and the study at a tiny size."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.programs import run_program
 
-from configs import study_recall
+from configs import study_recall, study_recall_long
 from idattn.config import from_config_dict
 from idattn.costs import state_size
 from idattn.files import read_json
@@ -72,6 +73,15 @@ def test_what_was_tuned_is_taken(monkeypatch):
     assert (config.optim.peak_lr, config.model.ssm.c_init_scale, config.seed) == (1e-2, 1.0, 3)
     with pytest.raises(ValueError, match="cell='M=8,dampd,3' is not known. Did you mean"):
         study_recall.get_config("M=8,dampd,3")
+
+
+def test_more_pairs():
+    """In rows as much longer; nothing else differs from the runs at the largest state."""
+    config = from_config_dict(study_recall_long.get_config("32 pairs,gated_deltanet at 5e-3,3"))
+    assert (config.data.source, config.data.seq_len) == ("mqar:pairs=32,rows=51200", 256)
+    largest = from_config_dict(study_recall.get_config("M=16,gated_deltanet at 5e-3,3"))
+    data = dataclasses.replace(largest.data, source=config.data.source, seq_len=256)
+    assert dataclasses.replace(largest, data=data) == config
 
 
 def test_the_study_at_a_tiny_size(tmp_path, monkeypatch):

@@ -94,6 +94,17 @@ def test_numbers(folder, tmp_path):
         assert (tmp_path / file).stat().st_size > 10_000 and f"]({file})" in text
 
 
+def test_a_study_may_compare_more(folder, tmp_path):
+    """Its pairs are tested, and corrected for, together with those of the paper."""
+    added = (("s4d", "softmax"), ("interdomain", "s4d_norope"))  # of the latter there is no cell
+    text = write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS), comparisons=added)
+    *paper, row = json.loads((tmp_path / "report.json").read_text())["orderings"]
+    assert [len(paper), row["conditions"], row["paper"]] == [3, ["s4d", "softmax"], None]
+    assert row["difference"][0] == -paper[-1]["difference"][0] and row["p"] == pytest.approx(paper[-1]["p"])
+    assert [one["corrected p"] for one in (*paper, row)] == holm([one["p"] for one in (*paper, row)])
+    assert "| `s4d` < `softmax` | " in text
+
+
 def test_what_is_no_text_is_not_compared_with_the_paper(folder, tmp_path):
     write_report(tmp_path, CONFIGS, read_records(folder, CONFIGS), is_text=False)
     results = json.loads((tmp_path / "report.json").read_text())
