@@ -1,5 +1,6 @@
 """The figures of a study, each a PNG."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.ticker import ScalarFormatter
 from idattn.config import Config
 from idattn.costs import count_parameters
 from idattn.files import write_figure
-from idattn.study.grid import Cell, best_loss, by_condition
+from idattn.study.grid import Cell, best_loss, by_condition, state_of_layer
 
 Records = Mapping[Cell, Mapping[str, Any]]
 
@@ -27,6 +28,10 @@ def draw(folder: Path, configs: Mapping[Cell, Config], done: Records) -> dict[st
         figures["seeds.png"] = ("Every seed", _seeds(done))
     if any("length" in record["evaluations"] for record in done.values()):
         figures["length.png"] = ("Beyond the training context", _lengths(configs, done))
+    recalled = {cell: record for cell, record in done.items() if "mqar" in record["evaluations"]}
+    scales = Counter(condition for _, condition in by_condition(recalled))
+    if recalled := {cell: record for cell, record in recalled.items() if scales[cell.condition] > 1}:
+        figures["recall.png"] = ("Recall by the size of the state", _recall(configs, recalled))
     for file, (_, figure) in figures.items():
         write_figure(folder / file, figure)
     return {title: file for file, (title, _) in figures.items()}
@@ -80,6 +85,28 @@ def _seeds(done: Records) -> Figure:
         axes.set_yticks(range(len(order)), labels=order)
         axes.set(title=scale, xlabel="validation loss, nats per token")
         axes.grid(alpha=0.3)
+    return figure
+
+
+def _recall(configs: Mapping[Cell, Config], done: Records) -> Figure:
+    """MQAR, the share right in the shortest rows against the numbers in a layer's state: seeds, and their means."""
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="numbers in the state of a layer", ylabel="share right", xscale="log")
+    for condition, colour in _colours(done).items():
+        shares: dict[int, list[float]] = {}
+        for cell, record in done.items():
+            if cell.condition == condition:
+                share = next(iter(record["evaluations"]["mqar"]["metrics"].values()))
+                shares.setdefault(state_of_layer(configs[cell]), []).append(share)
+        for size, seeds in shares.items():
+            axes.plot([size] * len(seeds), seeds, "o", color=colour, alpha=0.3, markersize=4)
+        sizes = sorted(shares)
+        axes.plot(sizes, [np.mean(shares[size]) for size in sizes], color=colour, marker="o", label=condition)
+    sizes = sorted({state_of_layer(configs[cell]) for cell in done})
+    axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -12,7 +12,8 @@ from configs import study_recall, study_recall_long
 from idattn.config import from_config_dict
 from idattn.costs import state_size
 from idattn.files import read_json
-from idattn.study.grid import best_loss
+from idattn.study import figures
+from idattn.study.grid import best_loss, read_records
 from idattn.study.runner import Runner
 
 CELLS = Path(__file__).parents[2] / "results/study_recall/cells"
@@ -103,3 +104,25 @@ def test_the_study_at_a_tiny_size(tmp_path, monkeypatch):
     again, report = (run_program("study", *command, flag) for flag in ("--dry_run", "--report"))
     assert (again.returncode, again.stdout) == (0, "")
     assert report.returncode == 0 and "2 of 2 cells." in report.stdout, report.stderr
+
+
+def test_the_figure(monkeypatch, tmp_path):
+    """Of the stored records: a line through the means for each condition that has several sizes."""
+    drawn = {}
+    monkeypatch.setattr(figures, "write_figure", lambda file, figure: drawn.update({file.name: figure}))
+    configs = {cell: from_config_dict(study_recall.get_config(str(cell))) for cell in study_recall.STUDY.cells}
+    done = read_records(CELLS, configs)
+    figures.draw(tmp_path, configs, done)
+    (axes,) = drawn["recall.png"].axes
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(lines) == [*study_recall.CONDITIONS, *study_recall.AGAIN]
+    assert [len(points) for points in lines.values()] == [1, *[len(study_recall.MODES)] * (len(lines) - 1)]
+    for modes, point in zip(reversed(study_recall.MODES), lines["gla"], strict=True):
+        shares = [
+            done[study_recall.STUDY.cell(f"M={modes},gla,{seed}")]["evaluations"]["mqar"]["metrics"]["8 pairs in 64"]
+            for seed in study_recall.SEEDS
+        ]
+        assert tuple(point) == pytest.approx((4 * modes * 64, sum(shares) / len(shares)))
+    drawn.clear()
+    figures.draw(tmp_path, configs, {cell: record for cell, record in done.items() if cell.scale == "M=16"})
+    assert drawn.keys() == {"compute.png", "seeds.png"}, "a single size has no curve"
