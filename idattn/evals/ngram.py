@@ -100,16 +100,20 @@ def ngram_table(
 
 
 def count_bytes(stream: np.ndarray, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 in the text of (tokens,) ids."""
-    return len(tokenizer.decode(stream).encode())
+    """Bytes of UTF-8 in the texts of (tokens,) ids of documents, each [BOS] and its text."""
+    return sum(len(text.encode()) for text in _texts(stream, tokenizer))
 
 
 def _recode(stream: np.ndarray, tokenizer: Tokenizer, target: Tokenizer) -> np.ndarray:
     """The documents of a stream as those of another tokenizer."""
     if target is tokenizer:
         return stream
-    documents = np.split(stream, np.flatnonzero(stream == tokenizer.bos_id)[1:])
-    return np.concatenate([encode_document(tokenizer.decode(ids), target, target.name) for ids in documents])
+    return np.concatenate([encode_document(text, target, target.name) for text in _texts(stream, tokenizer)])
+
+
+def _texts(stream: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The texts of documents, one by one: of a space before every text, decoding removes only the first."""
+    return [tokenizer.decode(ids) for ids in np.split(stream, np.flatnonzero(stream == tokenizer.bos_id)[1:])]
 
 
 def longest_copy(text: str, source: str) -> str:
