@@ -71,8 +71,6 @@ def check_segments(segment_ids: jax.Array | Segments | None, B: int, T: int) -> 
         return None
     ids = segment_ids.run if isinstance(segment_ids, Segments) else segment_ids
     check_shape("segment_ids", ids, (B, T), "one id for each token")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids of dtype {ids.dtype} must be integers.")
     return segment_ids if isinstance(segment_ids, Segments) else find_segments(segment_ids)
 
 

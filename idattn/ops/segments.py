@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PADDING = -1
 
@@ -20,14 +21,21 @@ class Segments(NamedTuple):
     last: jax.Array  # (B,) int32, the index of the last token that is not padding; -1 where there is none
 
 
-def find_segments(segment_ids: jax.Array) -> Segments:
-    """The documents that segment ids (B, T), integers of any kind, describe."""
-    segment_ids = jnp.asarray(segment_ids)
-    is_signed = jnp.issubdtype(segment_ids.dtype, jnp.signedinteger)
-    is_token = segment_ids != PADDING if is_signed else jnp.ones(segment_ids.shape, bool)
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+def find_segments(segment_ids: jax.Array | np.ndarray) -> Segments:
+    """The documents that segment ids (B, T), integers of any kind, describe.
+
+    Raises:
+      ValueError: the ids are not integers.
+    """
+    # NumPy's ids are compared as they are: JAX cuts 64 bits to 32, where different ids may be equal.
+    ids = segment_ids if isinstance(segment_ids, jax.Array) else np.asarray(segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids of dtype {ids.dtype} must be integers.")
+    is_signed = jnp.issubdtype(ids.dtype, jnp.signedinteger)
+    is_token = ids != PADDING if is_signed else jnp.ones(ids.shape, bool)
+    index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     # As long as the row, since jax.export does not know that a sum over T - 1 tokens has any.
-    changes = (segment_ids != jnp.roll(segment_ids, 1, axis=1)) & (index > 0)
+    changes = (ids != (jnp if isinstance(ids, jax.Array) else np).roll(ids, 1, axis=1)) & (index > 0)
     run = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
     return Segments(jnp.where(is_token, run, PADDING), jnp.max(jnp.where(is_token, index, -1), axis=1))
 
