@@ -1,6 +1,7 @@
 """Losses of tokens against the model's log-probabilities, and their sums by document."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from support.helpers import assert_close
 from support.models import run_of
 
 from idattn.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from idattn.data import TokenWindows, eval_batches, load_tokenizer
+from idattn.data import TokenWindows, eval_batches, load_tokenizer, train_tokenizer
 from idattn.evals import tasks
 from idattn.evals.perplexity import document_losses, token_losses
 from idattn.nn import LanguageModel
@@ -72,3 +73,21 @@ def test_task_reads_batch_tokens_at_a_time(model, tmp_path, monkeypatch):
     )
     assert run.train.batch_size not in (2, 5) and shapes == [{(2, 16)}, {(5, 16)}]  # a window is not filled with others
     assert all_at_once == pytest.approx(few, rel=1e-5)
+
+
+def test_bits_per_byte_of_tokens_that_are_no_bytes(tmp_path, monkeypatch):
+    """Where the loss of a target is its id, their sum over the bytes of each document and of all."""
+    held_out = ["the café opened", "漢 été, again the café", "was closed"]
+    train_tokenizer(["the café, the café opened again " * 90], 290, tmp_path / "t.model")
+    rows = [{"id": text, "text": text} for text in (*held_out, "other text " * 9)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_of(dataclasses.replace(CONFIG.model, vocab_size=290))
+    data = dataclasses.replace(config.data, source=str(tmp_path / "corpus.jsonl"), holdout=tuple(held_out))
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    monkeypatch.setattr(tasks, "token_losses", lambda graphdef, params, batch, _: batch["targets"] * batch["loss_mask"])
+    subject = tasks.Subject(dataclasses.replace(config, data=data), None, None, tokenizer)
+    result = tasks.run_task("perplexity", subject, tasks.Settings())
+    bits = np.array([tokenizer.encode(text).sum() for text in held_out]) / np.log(2)
+    sizes = [len(text.encode()) for text in held_out]
+    assert [x["bits_per_byte"] for x in result["documents"]] == pytest.approx((bits / sizes).tolist(), rel=1e-6)
+    assert result["metrics"]["bits_per_byte"] == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)

@@ -9,7 +9,7 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import assert_close
-from support.models import HYBRID, MIXERS, V, make_model, next_log_probs
+from support.models import HYBRID, MIXERS, V, make_model, next_log_probs, next_logits
 
 from idattn.config import SSMConfig
 from idattn.inference import Decoder, right_pad
@@ -78,6 +78,19 @@ def test_pieces_are_the_whole(both):
     np.testing.assert_array_equal(again, written[[2, 0, 0]])
     other, _ = write(decoder, decoder.prefill((TOKENS + 1) % V, LENGTHS), N)
     assert (other != written).any(axis=1).all()
+
+
+def test_a_penalty_is_for_all_that_a_row_has_held():
+    """Tokens of its prompt and those it wrote, in this block and before, and none of other rows."""
+    model, decoder = model_and_decoder(HYBRID)
+    written, context = write(decoder, decoder.prefill(*right_pad(RAGGED)), N, repetition_penalty=3.0)
+    for b, prompt in enumerate(RAGGED):
+        row = np.concatenate([prompt, written[b]])
+        np.testing.assert_array_equal(context.seen[b], np.isin(np.arange(V), row))
+        for t, logits in enumerate(next_logits(model, row)[len(prompt) - 1 : -1], start=len(prompt)):
+            seen = np.isin(np.arange(V), row[:t])
+            penalised = np.where(seen, np.where(logits > 0, logits / 3.0, logits * 3.0), logits)
+            assert penalised[row[t]] > penalised.max() - 1e-4
 
 
 LESS = dict(conv_width=0, input_norms=False, feature_map="none")

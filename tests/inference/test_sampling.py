@@ -59,6 +59,22 @@ def test_frequencies(settings):
         assert np.abs(frequency - frequencies(seed=5)).max() > 0.02  # the setting matters
 
 
+def test_penalties_by_hand():
+    """A logit of a token that the row has held is divided where it is positive, and multiplied where it is not."""
+    rows = [  # logits, seen, penalty, the most likely token then
+        ([2.0, 1.5, -9.0], [1, 0, 0], 2.0, 1),
+        ([-2.0, -3.0, -9.0], [1, 0, 0], 2.0, 1),
+        ([2.0, 1.5, -9.0], [0, 1, 0], 2.0, 0),
+        ([2.0, 1.5, -9.0], [1, 0, 0], 1.0, 0),
+        ([1.5, 2.0, -9.0], [1, 0, 0], 0.5, 0),
+        ([-3.0, -2.0, -9.0], [1, 0, 0], 0.5, 0),
+    ]
+    logits, seen, penalty, best = map(np.array, zip(*rows, strict=True))
+    settings = make_sampling(len(rows), 3, temperature=0, repetition_penalty=penalty)
+    drawn = draw(logits.astype(np.float32), settings, seen.astype(bool), np.zeros(len(rows), np.int32))
+    np.testing.assert_array_equal(drawn, best)
+
+
 def test_rows_have_separate_settings_and_ignore_their_neighbours():
     per_row = dict(
         temperature=np.array([0.0, 1.0, 3.0]), top_k=np.array([0, 5, 0]), top_p=np.array([1, 1, 0.9]),

@@ -16,7 +16,7 @@ B, T, D, H, R = 2, 11, 12, 2, 6
 def test_softmax_of_convolved_heads_equals_its_definition():
     """Parameters away from their start, documents, RoPE after the convolution."""
     compute = ComputeConfig(dtype="float32")
-    config = ModelConfig.tiny("softmax_conv", init_std=0.5)
+    config = ModelConfig.tiny("softmax_conv", init_std=0.5, rope_base=50.0)
     mixer = find_mixer("softmax_conv")(config, residual_std=0.5, compute=compute, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(5)
     for _, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
@@ -25,7 +25,7 @@ def test_softmax_of_convolved_heads_equals_its_definition():
     x, border = rng.normal(size=(B, T, D)).astype(np.float32), 5
     document = np.where(np.arange(T) < border, 0, 1)
     positions = np.arange(T) - border * document
-    turn = np.exp(1j * positions[:, None, None] * 10_000.0 ** (-np.arange(R // 2) / (R // 2)))
+    turn = np.exp(1j * positions[:, None, None] * 50.0 ** (-np.arange(R // 2) / (R // 2)))
 
     def heads(name, rotated):
         y, conv = x.astype(np.float64) @ state[name]["weight"], state["core"][f"{name}_conv"]

@@ -31,6 +31,34 @@ def tokens(T=11):
     return jnp.asarray(np.random.default_rng(0).integers(0, 37, (2, T)))
 
 
+def test_a_softmax_model_equals_its_definition():
+    """All of it in numpy, with numbers of rotation and normalisation that are not the defaults."""
+    H, R, eps, base = 2, 6, 0.2, 50.0
+    model, ids = make("softmax", num_layers=1, init_std=0.7, norm_eps=eps, rope_base=base), tokens()
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    block = jax.tree.map(lambda p: p[0], params["groups"]["block_0"])
+    mixer, mlp = ({name: p["weight"] for name, p in block[part].items()} for part in ("mixer", "mlp"))
+    T = ids.shape[1]
+    turn = np.exp(1j * np.arange(T)[:, None, None] * base ** (-np.arange(R // 2) / (R // 2)))
+
+    def norm(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+    def heads(name, rotated):
+        y = (norm(x) @ mixer[name]).reshape(-1, T, H, R)
+        z = (y[..., : R // 2] + 1j * y[..., R // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1) if rotated else y
+
+    x = params["embedding"][ids]
+    q, k, v = heads("query", True), heads("key", True), heads("value", False)
+    weights = np.exp(np.einsum("bthr,bshr->bhts", q, k) / np.sqrt(R)) * np.tri(T)
+    o = np.einsum("bhts,bshr->bthr", weights / weights.sum(axis=-1, keepdims=True), v)
+    x = x + o.reshape(x.shape) @ mixer["output"]
+    gate = norm(x) @ mlp["gate"]
+    x = x + (gate / (1 + np.exp(-gate)) * (norm(x) @ mlp["up"])) @ mlp["down"]
+    assert_close(run(model, ids)[0], norm(x) @ params["head"]["weight"], "float32", reduction=12 * T)
+
+
 def test_scanned_layers_equal_a_loop_over_them():
     model = make(*HYBRID, num_layers=6)
     x = model.embedding[...][tokens()]

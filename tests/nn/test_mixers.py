@@ -25,7 +25,8 @@ ROOM = 2 * T  # tokens that a state has room for
 def make_mixer(name, compute=COMPUTE, **ssm):
     std = 0.5 if name == "ideal" else 0.02
     ideal = IdealConfig(num_features=8)
-    config = ModelConfig.tiny(name, init_std=std, ssm=SSMConfig(num_modes=5, **ssm), ideal=ideal)
+    ssm = SSMConfig(num_modes=5, **ssm)
+    config = ModelConfig.tiny(name, init_std=std, rope_base=50.0, norm_eps=0.2, ssm=ssm, ideal=ideal)
     mixer = find_mixer(name)(config, residual_std=0.5, compute=compute, rngs=nnx.Rngs(1))
     if isinstance(mixer, SSMMixer):
         for norm in ("key_norm", "value_norm") if mixer.config.ssm.input_norms else ():
@@ -98,7 +99,7 @@ def test_ssm_mixers_equal_their_definition(name, options):
         return state[f"{name}_conv"]["bias"] + sum(taps[i] * padded[:, i : i + T] for i in range(4))
 
     def rotate(y):
-        rotated = (y[..., :3] + 1j * y[..., 3:]) * np.exp(1j * positions * 10_000.0 ** (-np.arange(3) / 3))
+        rotated = (y[..., :3] + 1j * y[..., 3:]) * np.exp(1j * positions * 50.0 ** (-np.arange(3) / 3))
         return np.concatenate([rotated.real, rotated.imag], -1) if rope else y
 
     def feature_map(y):
@@ -119,7 +120,7 @@ def test_ssm_mixers_equal_their_definition(name, options):
     def normalise(name, y):
         if name not in state:
             return y
-        return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * state[name]["scale"] + state[name]["bias"]
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + 0.2) * state[name]["scale"] + state[name]["bias"]
 
     key = convolve("key", z @ state["key"]["weight"])
     value = z @ state["value"]["weight"]

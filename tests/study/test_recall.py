@@ -3,10 +3,10 @@
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from support.programs import run_program
+from support.runs import ROOT
 
 from configs import study_recall, study_recall_long
 from idattn.config import from_config_dict
@@ -16,7 +16,7 @@ from idattn.study import figures
 from idattn.study.grid import best_loss, read_records
 from idattn.study.runner import Runner
 
-CELLS = Path(__file__).parents[2] / "results/study_recall/cells"
+CELLS = ROOT / "results/study_recall/cells"
 TINY = """
 import dataclasses
 

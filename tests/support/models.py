@@ -52,8 +52,13 @@ def forward(model, tokens):
     return model(tokens)[0]
 
 
-def next_log_probs(model, row, length=48):
-    """The log-probabilities (T, V) after every token of one row, from one pass over all of it."""
+def next_logits(model, row, length=48):
+    """The logits (T, V) after every token of one row, from one pass over all of it."""
     padded = np.zeros((1, length), np.int32)  # zeros at the end, which causality hides
     padded[0, : len(row)] = row
-    return np.asarray(jax.nn.log_softmax(forward(model, padded)[0, : len(row)], axis=-1))
+    return np.asarray(forward(model, padded)[0, : len(row)])
+
+
+def next_log_probs(model, row, length=48):
+    """Likewise the log-probabilities."""
+    return np.asarray(jax.nn.log_softmax(next_logits(model, row, length), axis=-1))

@@ -149,15 +149,15 @@ def test_groups_by_name(mixer):
         np.testing.assert_allclose(x, -1e-4 if name in ssm else -3e-4, rtol=1e-3, err_msg=name)
 
 
-def adamw_step(params, grads, mu, nu, count, rates, decayed):
+def adamw_step(params, grads, mu, nu, count, rates, decayed, b1, b2, eps):
     """One step in float64 numpy on dicts by name: clip at 1, Adam, decay, two learning rates; changes mu and nu."""
     norm = math.sqrt(sum(np.sum(g**2) for g in grads.values()))
     new = {}
     for name, p in params.items():
         g = grads[name] * min(1.0, 1.0 / norm)
-        mu[name] = 0.9 * mu[name] + 0.1 * g
-        nu[name] = 0.95 * nu[name] + 0.05 * g**2
-        direction = (mu[name] / (1 - 0.9**count)) / (np.sqrt(nu[name] / (1 - 0.95**count)) + 1e-8)
+        mu[name] = b1 * mu[name] + (1 - b1) * g
+        nu[name] = b2 * nu[name] + (1 - b2) * g**2
+        direction = (mu[name] / (1 - b1**count)) / (np.sqrt(nu[name] / (1 - b2**count)) + eps)
         if name in decayed:
             direction = direction + 0.1 * p
         new[name] = p - rates[name] * direction
@@ -171,7 +171,8 @@ def test_steps_against_numpy():
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.Param))
     )
-    optimizer = make_optimizer(RECIPE, 110, model)
+    adam = dict(b1=0.8, b2=0.7, eps=1e-3)
+    optimizer = make_optimizer(dataclasses.replace(RECIPE, **adam), 110, model)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     ssm = {f"groups.block_0.{name}" for name in SSM}
     decayed = {f"groups.block_0.{name}" for name in GROUPS["interdomain"][0] | BLOCK_MATRICES}
@@ -188,7 +189,7 @@ def test_steps_against_numpy():
         rates = {name: count * (1e-4 if name in ssm else 3e-4) for name in expected}
         wide = {name: np.asarray(g, np.float64) for name, g in named(grads).items()}
         before = expected
-        expected = adamw_step(expected, wide, mu, nu, count, rates, decayed)
+        expected = adamw_step(expected, wide, mu, nu, count, rates, decayed, **adam)
         for name, x in named(params).items():
             assert_close(x, expected[name], "float32", name=f"{name} after update {count}")
         # The change itself, which is a thousandth of the parameters, to the rounding of those.

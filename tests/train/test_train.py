@@ -219,35 +219,48 @@ def test_a_folder_that_cannot_be_written(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "owner", "name", "done"),
+    ("moment", "owner", "name", "done", "sent"),
     [
-        ("a compilation", Trainer, "step", 1),
-        ("an evaluation", loop._Run, "_evaluate", 6),
-        ("a save", loop.Checkpoints, "save", 4),
+        ("a compilation", Trainer, "step", 1, signal.SIGTERM),
+        ("an evaluation", loop._Run, "_evaluate", 6, signal.SIGINT),
+        ("a save", loop.Checkpoints, "save", 4, signal.SIGTERM),
     ],
 )
-def test_a_request_to_stop_is_honoured(finished, tmp_path, monkeypatch, capsys, moment, owner, name, done):
-    """SIGTERM in the middle of something: the step that it came in is saved, and the run resumes bit for bit."""
+def test_a_request_to_stop_is_honoured(finished, tmp_path, monkeypatch, capsys, moment, owner, name, done, sent):
+    """A signal in the middle of something: the step that it came in is saved, and the run resumes bit for bit."""
     config, reference = without_sample(finished[0]), finished[1]
     function, calls = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(0)
         if len(calls) == 1:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(sent)
         return function(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(sent)
     stopped = train(config, tmp_path / "run")
     assert (stopped["step"], stopped["finished"]) == (done, False)
-    assert f"stopped by SIGTERM with step {done} of {STEPS} saved" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert f"stopped by {sent.name} with step {done} of {STEPS} saved" in capsys.readouterr().out
+    assert signal.getsignal(sent) is handler
     assert steps_of(tmp_path / "run")[-1] == done
     again = train(config, tmp_path / "run")
     assert (again["step"], again["finished"]) == (STEPS, True)
     for key in ("loss", "val_loss"):
         assert rows_of(tmp_path / "run", key) == rows_of(reference, key)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    try:
+        with StopRequest() as stop:
+            assert not stop.reached(1)
+            signal.raise_signal(signal.SIGINT)
+            assert stop.reached(1) and stop.reason == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_seed_is_another_run(finished, corpus, tmp_path, capsys):
@@ -401,6 +414,29 @@ def test_speed_is_of_steps_alone(corpus, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("skipped: loss nan, gradient norm nan (1 of 1 that may be)") == 1
     run.trainer = SimpleNamespace(mesh=SimpleNamespace(size=8))
     assert run._speed(1.0)["mfu"] == pytest.approx(rows[2]["mfu"] / 8)
+
+
+def test_nats_per_byte_of_tokens_that_are_no_bytes(tmp_path, monkeypatch):
+    """Where the loss of a target is its id, their sum over the bytes of the held-out documents."""
+    texts = {"a": "the café, the café opened again " * 90, "b": "the café opened", "c": "漢 été, again the été"}
+    rows = (json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items())
+    (tmp_path / "corpus.jsonl").write_text("".join(rows))
+    config = make_config(tmp_path / "corpus.jsonl", vocab_size=290, eval_batches=99, ngram_orders=1)
+    data = dataclasses.replace(config.data, tokenizer="bpe:290", holdout=("b", "c"))
+    run = loop._Run(dataclasses.replace(config, data=data), tmp_path, "", (0, 0), [])
+
+    def loss(params, batch):
+        return (batch["targets"] * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+
+    run.trainer = SimpleNamespace(mesh=run.trainer.mesh, loss=loss)
+    lines = {}
+    monkeypatch.setattr(loop, "plot_losses", lambda workdir, baselines: lines.update(baselines))
+    run._evaluate({"params": None})
+    result, size = run._report({}), len((texts["b"] + texts["c"]).encode())
+    ids = np.concatenate([run.tokenizer.encode(texts[name]) for name in "bc"])
+    assert result["nats_per_byte"] == pytest.approx(ids.sum() / size, rel=1e-6)
+    per_token = {name: losses[0] * size / len(ids) for name, losses in result["ngram_losses"].items()}
+    assert lines == pytest.approx({f"best n-gram of {name}": loss for name, loss in per_token.items()})
 
 
 def test_resumes_after_validation_losses_that_were_not_finite(finished, tmp_path):
