@@ -111,7 +111,11 @@ def read_records(folder: Path, configs: Mapping[Cell, Config]) -> dict[Cell, dic
             stored = configs[cell] if "error" in record else from_config_dict(record["config"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no record ({error}); remove it to have the cell done again.") from error
-        if differences := configs[cell].differences(stored):
+        differences = configs[cell].differences(stored)
+        there, now = stored.data.source, configs[cell].data.source  # no part of a run's identity, as paths may move
+        if there != now:
+            differences.append(f"data.source: {there!r} there, {now!r} now")
+        if differences:
             raise ValueError(
                 f"{file} is of another config than the study's ({'; '.join(differences)}); move it and its run away to "
                 "have the cell trained anew, or use another workdir."

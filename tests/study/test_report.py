@@ -184,11 +184,15 @@ def change(key, value):
             lambda record: record["evaluations"].pop("length"),
             r"mixes evaluations \(length max_tokens 9 in 125M,softmax,1, None in 125M,s4d,3\)",
         ),
+        (
+            lambda record: record["config"]["data"].update(source="mqar:pairs=4,rows=9"),
+            r"s4d,3\.json is of another config than the study's \(data\.source: 'mqar:pairs=4,rows=9' there, '",
+        ),
         (change("config", {"seed": 4}), r"s4d,3\.json is of another config than the study's \(seed: 4 there, 3 now\)"),
         (change("config", {"sed": 4}), r"125M,s4d,3\.json is no record \(key of config='sed' is not known"),
         (lambda record: record.pop("config"), r"125M,s4d,3\.json is no record \('config'\)"),
     ],
-    ids=["versions", "evaluations", "task version", "another task", "config", "unknown setting", "no config"],
+    ids=["versions", "evaluations", "task version", "another task", "source", "config", "unknown setting", "no config"],
 )  # fmt: skip
 def test_records_that_do_not_belong(folder, changed, message):
     record = make_record(CELLS[-1])
