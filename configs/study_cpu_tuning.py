@@ -5,7 +5,7 @@ idattn study --config=study_cpu_tuning --workdir=results/study_cpu_tuning --jobs
 Every mixer tries three learning rates. Those with the paper's state then try, at the middle rate, a smaller C, and
 steps Delta of at least 4 / T, which is what the paper's least Delta is at its own T; "damped", which is tried on the
 uniform basis of configs/study_recall.py, the paper's basis at two rates; the others two more rates. The seed is none of
-the study's. What has the lowest validation loss is a mixer's row of TUNED.
+the study's. What has the lowest validation loss is a mixer's choice.
 """
 
 import dataclasses
