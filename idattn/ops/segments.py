@@ -33,10 +33,8 @@ def find_segments(segment_ids: jax.Array | np.ndarray) -> Segments:
         raise ValueError(f"segment_ids of dtype {ids.dtype} must be integers.")
     is_signed = jnp.issubdtype(ids.dtype, jnp.signedinteger)
     is_token = ids != PADDING if is_signed else jnp.ones(ids.shape, bool)
+    run = jnp.cumsum(_changes(ids), axis=1, dtype=jnp.int32)
     index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    # As long as the row, since jax.export does not know that a sum over T - 1 tokens has any.
-    changes = (ids != (jnp if isinstance(ids, jax.Array) else np).roll(ids, 1, axis=1)) & (index > 0)
-    run = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
     return Segments(jnp.where(is_token, run, PADDING), jnp.max(jnp.where(is_token, index, -1), axis=1))
 
 
@@ -52,7 +50,16 @@ def document_positions(segments: Segments, start: jax.Array) -> tuple[jax.Array,
     """
     run, last = segments
     index = jnp.arange(run.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.pad(run[:, 1:] != run[:, :-1], ((0, 0), (1, 0)))
-    positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1) + jnp.where(run == 0, start[:, None], 0)
+    begin = jax.lax.cummax(jnp.where(_changes(run), index, 0), axis=1)
+    positions = index - begin + jnp.where(run == 0, start[:, None], 0)
     after = jnp.take_along_axis(positions, jnp.maximum(last, 0)[:, None], axis=1)[:, 0] + 1
     return positions, jnp.where(last >= 0, after, start)
+
+
+def _changes(x: jax.Array | np.ndarray) -> jax.Array:
+    """Where the numbers (B, T) differ from those before them in the row; not at the first.
+
+    As long as the row, since jax.export does not know that a sum over T - 1 tokens has any.
+    """
+    before = (jnp if isinstance(x, jax.Array) else np).roll(x, 1, axis=1)
+    return (x != before) & (jnp.arange(x.shape[1])[None] > 0)
